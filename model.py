@@ -97,11 +97,17 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if store is not None:
-            k, v = store(k, v)                                                                        # (B, S, K, C)
-        groups = cfg.n_head // cfg.n_kv_head                                                          # query heads that share a key
-        k, v = (t.repeat_interleave(groups, dim=2).transpose(1, 2) for t in (k, v))                   # (B, H, S, C)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
+        groups = cfg.n_head // cfg.n_kv_head                                                          # G query heads share a key
+        if store is None:
+            k, v = (t.repeat_interleave(groups, dim=2).transpose(1, 2) for t in (k, v))               # (B, H, T, C)
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
+        else:
+            # Few queries, a long cache: to copy its keys for each head would cost more than all the rest (measured: half of
+            # the time of decoding). Instead the heads that share a key stand in line as further queries of that key.
+            k, v = (t.transpose(1, 2) for t in store(k, v))                                           # (B, K, S, C)
+            q = q.view(B, T, cfg.n_kv_head, groups, -1).transpose(1, 2).reshape(B, cfg.n_kv_head, T * groups, -1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat_interleave(groups, dim=2))
+            y = y.view(B, cfg.n_kv_head, T, groups, -1).transpose(2, 3).flatten(1, 2)                 # (B, H, T, C)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                                       # (B, T, D)
 
 
@@ -138,6 +144,7 @@ class GPT(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.grad_checkpoint = False    # recompute each block in the backward pass: a third more time, far less memory
+        self.freq = None                # rope_frequencies; no buffer, which `.to(torch.bfloat16)` would round
         self.apply(self._init)
 
     def _init(self, module: nn.Module):
@@ -150,12 +157,13 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None, head: bool = True) -> Tensor:
         """Logits of the token after each token: tokens (B, T) int64 -> (B, T, V).
 
         Rows are padded on the right; causality keeps the padding out of every real position.
         cache: tokens continue each row at its own `cache.length`; the caller then advances `length` by the tokens it keeps.
         doc:   (B, T) document numbers of a packed batch: a token sees its own document only, and positions restart there.
+        head:  False returns the last hidden states (B, T, D) instead; filling a cache needs no logits, which for 150k tokens weigh most.
         Raises ValueError if a position lies beyond the configured context.
         """
         (B, T), dev = tokens.shape, tokens.device
@@ -172,8 +180,9 @@ class GPT(nn.Module):
             pos, mask, end = steps[None], None, T
         if end > self.config.context:
             raise ValueError(f"a sequence of {end} tokens does not fit the model's context of {self.config.context}")
-        freq = rope_frequencies(self.config).to(dev)
-        angle = pos[..., None, None] * freq                                                           # (B or 1, T, 1, C/2)
+        if self.freq is None or self.freq.device != dev:
+            self.freq = rope_frequencies(self.config).to(dev)
+        angle = pos[..., None, None] * self.freq                                                      # (B or 1, T, 1, C/2)
         rope = angle.cos(), angle.sin()
         x = self.embed_tokens(tokens)                                                                 # (B, T, D)
         for i, block in enumerate(self.layers):
@@ -182,52 +191,49 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, rope, mask, store, use_reentrant=False)
             else:
                 x = block(x, rope, mask, store)
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(self.norm(x), head)                                                           # (B, T, V)
+        x = self.norm(x)                                                                              # (B, T, D)
+        return F.linear(x, (self.lm_head or self.embed_tokens).weight) if head else x                 # (B, T, V)
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype: torch.dtype = torch.float32) -> "GPT":
         """A Llama-3.x, Qwen2.5, Qwen3 or SmolLM2 checkpoint: a local folder, or a name on the Hugging Face hub.
 
-        The files are memory-mapped and become the parameters, tensor by tensor: a tensor that has the asked dtype and stays on the
-        CPU is never copied, of the others there is one converted copy. Raises FileNotFoundError or OSError if the model cannot be
-        had, ValueError if it cannot be used (see read_config), or if a tensor is missing, misshapen, or not ours.
+        The files are memory-mapped. A tensor of the asked dtype that stays on the CPU becomes the parameter as it is mapped; any
+        other is converted one by one: there is never a second copy of the weights. Raises OSError if the model cannot be had,
+        ValueError if it is damaged, is not of these families, or if a tensor is missing, misshapen or not the network's.
         """
         from safetensors import SafetensorError, safe_open
         folder = find_model(name, "config.json", "*.safetensors", "*.safetensors.index.json")
         with torch.device("meta"):                                  # shapes without memory
             model = cls(read_config(folder))
-        wanted, found = model.state_dict(), {}
-        for file in weight_files(folder):
+        index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        sharded = index.exists() and not whole.exists()
+        files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))] if sharded else [whole]
+        wanted, found = {hub_key(k): v.shape for k, v in model.state_dict().items()}, {}
+        for file in files:
             try:
                 with safe_open(file, "pt") as tensors:
                     for key in tensors.keys():
-                        ours = key.removeprefix("model.")
                         if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and model.lm_head is None):
-                            continue                                # what some checkpoints store though it follows from the rest
-                        if ours not in wanted:
-                            raise ValueError(f"{file} holds a tensor {key!r} that the architecture in config.json does not have")
-                        if (shape := tuple(tensors.get_slice(key).get_shape())) != tuple(wanted[ours].shape):
-                            raise ValueError(f"{file}: tensor {key!r} is {shape}, but config.json asks for {tuple(wanted[ours].shape)}")
-                        found[ours] = tensors.get_tensor(key).to(device, dtype)
-            except SafetensorError as e:
-                raise ValueError(f"{file} is damaged ({e}): delete it and download or save it again") from None
+                            continue                                # some checkpoints store what follows from the rest
+                        have, want = tuple(tensors.get_slice(key).get_shape()), tuple(wanted.get(key, ()))
+                        if have != want:
+                            raise ValueError(f"{file}: the tensor {key} is {have}, but config.json asks for {want or 'none of that name'}")
+                        found[key] = tensors.get_tensor(key).to(device, dtype)
+            except (SafetensorError, OSError) as e:
+                raise ValueError(f"{file} cannot be read ({e}): download or save it again, as safetensors") from None
         if missing := [k for k in wanted if k not in found]:
-            raise ValueError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors, the first being {hub_key(missing[0])!r}: "
-                             "complete the download, or correct config.json")
-        model.load_state_dict(found, assign=True)
+            raise ValueError(f"{folder}: {len(missing)} of {len(wanted)} tensors are missing, first {missing[0]}: complete the download")
+        model.load_state_dict({k: found[hub_key(k)] for k in model.state_dict()}, assign=True)
         return model
 
     def save_pretrained(self, folder, dtype: torch.dtype | None = None):
         """Write config.json and model.safetensors as `transformers` and vLLM read them, in `dtype` (default: the model's own)."""
         from safetensors.torch import save_file
-        config = write_config(self.config)
-        tensors = {hub_key(k): v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
-        config["torch_dtype"] = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
-        write_whole(folder / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2) + "\n"))
+        weights = {hub_key(k): v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
+        config = write_config(self.config, dtype or self.embed_tokens.weight.dtype)
+        write_whole(Path(folder) / "model.safetensors", lambda tmp: save_file(weights, tmp, metadata={"format": "pt"}))
+        write_whole(Path(folder) / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def _first_of_document(doc: Tensor) -> Tensor:
@@ -282,12 +288,12 @@ def pad(rows: list[list[int]], value: int, device=None) -> Tensor:
 def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """Draw one token per row by inverting the distribution function at `uniform`; greedy at temperature 0.
 
-    logits (B, V), uniform (B,) in [0, 1) -> (B,) int64. A row's draw depends on its own logits and its own uniform alone, so a
+    logits (B, V) float32, uniform (B,) in [0, 1) -> (B,) int64. A row's draw depends on its own logits and its own uniform alone, so a
     sample does not change with the batch it is drawn in or with the number of ranks.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = torch.softmax(logits.double() / temperature, -1).cumsum(-1)                                 # (B, V)
+    cdf = torch.softmax(logits / temperature, -1).cumsum(-1, dtype=torch.float64)                     # (B, V)
     u = uniform.to(cdf)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
@@ -332,7 +338,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
         width = max(map(len, body))
         fresh = KVCache(cfg, len(ids), width, dev, dtype)
         if width:
-            model(pad(body, cfg.eos_id, dev), cache=fresh)
+            model(pad(body, cfg.eos_id, dev), cache=fresh, head=False)
         fresh.length = torch.tensor([len(b) for b in body], device=dev)
         return fresh
 
@@ -373,55 +379,34 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
 
 
 def find_model(name, *patterns: str) -> Path:
-    """The folder of a model: `name` itself if it is a folder, else the hub's snapshot of its files that match the patterns."""
+    """The folder of a model: `name` itself if it is one, else the hub's snapshot of those of its files that match the patterns."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import errors, snapshot_download
+    nowhere = f"there is no folder {str(name)!r}"
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
-    except errors.HFValidationError:
-        raise FileNotFoundError(f"there is no folder {str(name)!r}, nor can a model on the hub have that name") from None
     except errors.GatedRepoError:
-        raise PermissionError(f"the model {str(name)!r} is gated: accept its terms on its page on the hub, then `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise FileNotFoundError(f"there is no folder {str(name)!r} and no such model on the hub: check the spelling, or, "
-                                "if it is private, run `hf auth login`") from None
-    except (OSError, errors.OfflineModeIsEnabled, RuntimeError) as e:
-        why = str(e).strip().partition("\n")[0]
-        raise OSError(f"there is no folder {str(name)!r}, and the hub could not be reached for a model of that name ({why}): "
+        raise PermissionError(f"the model {str(name)!r} is gated: accept its terms on its page on the hub, then run `hf auth login`") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise FileNotFoundError(f"{nowhere} and no such model on the hub: check the spelling (a private one needs `hf auth login`)") from None
+    except Exception as e:                                          # the many ways of a network to fail
+        raise OSError(f"{nowhere}, and the hub did not answer for a model of that name ({str(e).strip().partition(chr(10))[0]}): "
                       "check the connection, or give the path of a downloaded folder") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: one, or the shards that the index lists."""
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json: only safetensors can be read")
-    files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{index} lists {file.name}, which is not there: complete the download")
-    return files
-
-
-def hub_key(ours: str) -> str:
-    """Name in the checkpoint of a parameter of GPT."""
-    return ours if ours.startswith("lm_head.") else "model." + ours
-
-
 def read_json(file: Path) -> dict:
-    if not file.exists():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}: give the folder of a model in the Hugging Face layout")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:                                         # covers bad JSON and bad UTF-8
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: give the folder of a model in the Hugging Face layout") from None
+    except ValueError as e:
         raise ValueError(f"{file} is not valid JSON ({e}): download or save it again") from None
 
 
 def write_whole(file: Path, write):
     """Let `write` fill a temporary neighbour of `file`, then put it in place at once: no reader ever sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         write(tmp)
@@ -430,185 +415,162 @@ def write_whole(file: Path, write):
         tmp.unlink(missing_ok=True)
 
 
+def hub_key(ours: str) -> str:
+    """The checkpoint's name of a parameter of GPT."""
+    return ours if ours.startswith("lm_head.") else "model." + ours
+
+
+# What config.json calls the fields of GPTConfig, and the further entries of Llama-3's rope_scaling.
+HUB_NAMES = dict(vocab_size="vocab_size", d_model="hidden_size", n_layer="num_hidden_layers", n_head="num_attention_heads",
+                 n_kv_head="num_key_value_heads", head_dim="head_dim", d_ff="intermediate_size", context="max_position_embeddings",
+                 norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings", eos_id="eos_token_id")
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def read_config(folder: Path) -> GPTConfig:
-    """The GPTConfig of a config.json. Raises ValueError for anything this network does not compute: it must never be ignored."""
+    """The GPTConfig of a config.json. Raises ValueError for whatever this network does not compute: it must not be passed over."""
     file = folder / "config.json"
-    c = read_json(file)
-    kind = c.get("model_type")
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise ValueError(f"{file}: model_type {kind!r} is not supported; it must be llama (also SmolLM2), qwen2 or qwen3")
-    rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10_000.0), **(c.get("rope_scaling") or {})}  # transformers >= 5, or <
+    c = {"hidden_act": "silu", "rope_theta": 10_000.0, "tie_word_embeddings": False, **read_json(file)}
+    rope = c.get("rope_parameters") or {"rope_theta": c["rope_theta"], **(c.get("rope_scaling") or {})}    # transformers 5, or older
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for key, value, good in [("rope_type", rope_type, ("default", "llama3")), ("hidden_act", c.get("hidden_act", "silu"), ("silu",)),
-                             ("attention_bias", bool(c.get("attention_bias")), (False,)), ("mlp_bias", bool(c.get("mlp_bias")), (False,)),
-                             ("use_sliding_window", bool(c.get("use_sliding_window")), (False,)),
-                             ("quantization_config", c.get("quantization_config"), (None,))]:
-        if value not in good:
-            raise ValueError(f"{file}: {key} = {value!r} is not supported, only {' or '.join(map(repr, good))}")
-    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    known = dict(model_type=("llama", "qwen2", "qwen3"), hidden_act=("silu",), attention_bias=(None, False), mlp_bias=(None, False),
+                 use_sliding_window=(None, False), quantization_config=(None,), rope_type=("default", "llama3"))
+    for key, values in known.items():
+        if (value := {**c, "rope_type": rope_type}.get(key)) not in values:
+            raise ValueError(f"{file}: {key} {value!r} is not supported, only {' or '.join(map(repr, values))}")
     try:
-        eos, heads = c["eos_token_id"], c["num_attention_heads"]
-        return GPTConfig(
-            vocab_size=c["vocab_size"], d_model=c["hidden_size"], n_layer=c["num_hidden_layers"], n_head=heads,
-            n_kv_head=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-            d_ff=c["intermediate_size"], context=c["max_position_embeddings"], rope_theta=float(rope["rope_theta"]),
-            rope_scaling={k: rope[k] for k in scaling} if rope_type == "llama3" else None, norm_eps=c["rms_norm_eps"],
-            qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=bool(c.get("tie_word_embeddings", False)),
-            eos_id=eos[0] if isinstance(eos, list) else int(eos))
+        c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
+        c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        c["eos_token_id"] = c["eos_token_id"][0] if isinstance(c["eos_token_id"], list) else int(c["eos_token_id"])
+        return GPTConfig(**{ours: c[theirs] for ours, theirs in HUB_NAMES.items()}, rope_theta=float(rope["rope_theta"]),
+                         rope_scaling={k: rope[k] for k in LLAMA3_SCALING} if rope_type == "llama3" else None,
+                         qkv_bias=c["model_type"] == "qwen2", qk_norm=c["model_type"] == "qwen3")
     except (KeyError, TypeError, IndexError) as e:
-        raise ValueError(f"{file}: an entry is missing or of the wrong type ({e}); take config.json from the model's own page") from None
+        raise ValueError(f"{file}: an entry is missing or of a wrong type ({e}): take config.json from the model's own page") from None
 
 
-def write_config(cfg: GPTConfig) -> dict:
+def write_config(cfg: GPTConfig, dtype: torch.dtype) -> dict:
     """The config.json of a GPTConfig: the inverse of read_config."""
     if cfg.qkv_bias and cfg.qk_norm:
-        raise ValueError("a model with both qkv_bias and qk_norm has no counterpart on the hub: save it with torch.save")
-    kind, name = ("qwen3", "Qwen3") if cfg.qk_norm else ("qwen2", "Qwen2") if cfg.qkv_bias else ("llama", "Llama")
-    return dict(
-        architectures=[f"{name}ForCausalLM"], model_type=kind, vocab_size=cfg.vocab_size, hidden_size=cfg.d_model,
-        intermediate_size=cfg.d_ff, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head,
-        head_dim=cfg.head_dim, hidden_act="silu", max_position_embeddings=cfg.context, rms_norm_eps=cfg.norm_eps,
-        rope_theta=cfg.rope_theta, rope_scaling={"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None,
-        tie_word_embeddings=cfg.tie_embeddings, eos_token_id=cfg.eos_id, bos_token_id=None)
+        raise ValueError("no family on the hub has both qkv_bias and qk_norm: such a model cannot be saved in its layout")
+    family = "Qwen3" if cfg.qk_norm else "Qwen2" if cfg.qkv_bias else "Llama"
+    return dict({theirs: getattr(cfg, ours) for ours, theirs in HUB_NAMES.items()},
+                architectures=[f"{family}ForCausalLM"], model_type=family.lower(), hidden_act="silu", rope_theta=cfg.rope_theta,
+                rope_scaling={"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None,
+                bos_token_id=None, torch_dtype=str(dtype).removeprefix("torch."))
 
 
 # ----------------------------------------------------------------------------------------------------------- the tokenizer
 
-# Pre-tokenizers: a text is cut into pieces by a pattern, and no token reaches across a cut. The same cuts with and without digits apart:
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-TIKTOKEN_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"    # the same cuts, faster
+# A text is first cut into pieces by a pattern; no token reaches across a cut. GPT-2's cuts, the same as tiktoken writes them, and
+# the same with every digit apart (SmolLM2), where a run of spaces also ends at a digit, so that no digit is joined to a space.
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_TIKTOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
-# Byte-level BPE writes each byte as a printable character: itself if it has a shape, else the next one from U+0100 on.
-SHAPED = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-SHAPELESS = [b for b in range(256) if b not in SHAPED]
-BYTE_OF = {chr(b): b for b in SHAPED} | {chr(256 + i): b for i, b in enumerate(SHAPELESS)}
+# tokenizer.json shows a byte as one character: its own if that is visible, the others from U+0100 on.
+VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTE_OF = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
 CHAR_OF = {b: c for c, b in BYTE_OF.items()}
 
 
 class HubEncoding(tiktoken.Encoding):
-    """tiktoken's Encoding with what `tokenizers` does around it: Unicode normalisation (Qwen), and silence on unknown bytes (SmolLM2).
+    """An Encoding that does what some tokenizers do beside BPE: normalise Unicode (Qwen), drop bytes they do not know (SmolLM2).
 
-    size: the number of ids of the tokenizer; ids from there on stand for bytes that it lacks, and are dropped.
+    size: ids of the tokenizer, those above stand for unknown bytes; nfc: whether it normalises; source: its tokenizer.json.
     """
 
-    def __init__(self, name: str, *, size: int, nfc: bool, source: Path, **parts):
-        super().__init__(name, **parts)
+    def __init__(self, name: str, *, size: int, nfc: bool, source: Path, **bpe):
+        super().__init__(name, **bpe)
         self.size, self.nfc, self.source, self.max_token_value = size, nfc, source, size - 1
 
-    def __getstate__(self):
+    def __getstate__(self):                                         # for pickle: the arguments of __init__
         return {**super().__getstate__(), "size": self.size, "nfc": self.nfc, "source": self.source}
 
-    def _normal(self, text: str) -> str:
-        return unicodedata.normalize("NFC", text) if self.nfc else text
-
     def encode_ordinary(self, text: str) -> list[int]:
-        return [t for t in super().encode_ordinary(self._normal(text)) if t < self.size]
+        return [t for t in super().encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text) if t < self.size]
 
     def encode(self, text: str, **special) -> list[int]:
-        return [t for t in super().encode(self._normal(text), **special) if t < self.size]
+        return [t for t in super().encode(unicodedata.normalize("NFC", text) if self.nfc else text, **special) if t < self.size]
 
 
 def load_tokenizer(name) -> tiktoken.Encoding:
-    """The byte-level BPE in a model's tokenizer.json: a local folder or a hub name -> a tiktoken.Encoding with the same tokens.
+    """The tokenizer.json of a model (a local folder or a hub name), byte-level BPE, as a tiktoken.Encoding with the same tokens.
 
-    tiktoken joins the neighbours whose union has the lowest id, `tokenizers` those whose merge comes first; they agree when each
-    token is made by merges, in the order of the ids, which is checked. Added tokens are special ones for tiktoken, which reads
-    them in a text only if asked (allowed_special="all"). Raises ValueError for a tokenizer of another kind.
+    tiktoken joins the two neighbours whose union has the lowest id, `tokenizers` the two whose merge comes first. They agree if
+    the merges are in the order of the ids and make every token, which is checked. Its added tokens are tiktoken's special
+    tokens, read in a text only if allowed. Raises OSError if there is none, ValueError for one of another kind.
     """
     file = find_model(name, "tokenizer.json", "tokenizer_config.json") / "tokenizer.json"
     spec = read_json(file)
 
-    def no(what):
-        raise ValueError(f"{file}: {what} is not supported; the tokenizer must be byte-level BPE as in GPT-2, Llama-3, Qwen or SmolLM2")
+    def need(fact, otherwise):
+        if not fact:
+            raise ValueError(f"{file}: {otherwise} is not supported, only byte-level BPE such as that of SmolLM2, Llama-3 and Qwen")
     try:
-        bpe, added = spec["model"], spec["added_tokens"]
-        if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix"):
-            no(f"a model of type {bpe.get('type')!r} with byte_fallback, prefixes or suffixes")
-        normalizer = (spec.get("normalizer") or {}).get("type")
-        if normalizer not in (None, "NFC"):
-            no(f"normalizer {normalizer!r}")
-        pattern = _pattern(spec["pre_tokenizer"]) or no("this pre_tokenizer")
-        for token in added:
-            if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-                no(f"the added token {token['content']!r}, which swallows its surroundings,")
-        special = {token["content"]: token["id"] for token in added}
-        merges = [m.split(" ") if isinstance(m, str) else m for m in bpe["merges"]]
-        order = [bpe["vocab"][a + b] for a, b in merges]
-        vocab = {token: i for token, i in bpe["vocab"].items() if i not in set(special.values())}
-        ranks = {bytes(BYTE_OF[c] for c in token): i for token, i in vocab.items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        if isinstance(e, ValueError) and str(e).startswith(str(file)):
-            raise
-        no(f"an entry ({type(e).__name__}: {e})")
-    if any(a > b for a, b in zip(order, order[1:])):
-        no("a vocabulary whose ids do not follow the order of its merges")
-    made = set(order)
-    for token, i in ranks.items():
-        if len(token) > 1 and i not in made and not (bpe.get("ignore_merges") and not any(token[:k] in ranks and token[k:] in ranks for k in range(1, len(token)))):
-            no(f"the token {token!r}, which no merge makes,")
+        bpe, added, normalizer = spec["model"], spec["added_tokens"], spec.get("normalizer")
+        need(bpe["type"] == "BPE" and not bpe.get("byte_fallback") and not bpe.get("continuing_subword_prefix"), f"its kind of {bpe['type']} model")
+        need(normalizer in (None, {"type": "NFC"}), f"the normalizer {normalizer}")
+        need(pattern := cuts(spec["pre_tokenizer"]), f"the pre_tokenizer {spec['pre_tokenizer']}")
+        need(not any(t.get(k) for t in added for k in ("lstrip", "rstrip", "single_word")), "an added token that swallows its neighbours")
+        special = {t["content"]: t["id"] for t in added}
+        ranks = {bytes(BYTE_OF[c] for c in t): i for t, i in bpe["vocab"].items() if t not in special}
+        made = [bpe["vocab"][m.replace(" ", "") if isinstance(m, str) else "".join(m)] for m in bpe["merges"]]
+    except (KeyError, TypeError, AttributeError) as e:
+        need(False, f"an entry ({type(e).__name__}: {e})")
+    need(made == sorted(made), "a vocabulary in another order than its merges")
+    merged = set(made)
+    orphans = [t for t, i in ranks.items() if len(t) > 1 and i not in merged]
+    if bpe.get("ignore_merges"):    # Llama-3, like tiktoken, takes a piece that is a token as it is; no other way may lead to an orphan
+        orphans = [t for t in orphans if any(t[:i] in ranks and t[i:] in ranks for i in range(1, len(t)))]
+    need(not orphans, f"a token that no merge makes ({orphans[:1]})")
     size = 1 + max([*ranks.values(), *special.values()])
-    lacking = [b for b in range(256) if bytes([b]) not in ranks]
-    ranks |= {bytes([b]): size + i for i, b in enumerate(lacking)}
-    return HubEncoding(str(name), size=size, nfc=normalizer == "NFC", source=file, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    unknown = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]       # tiktoken wants a rank for every byte
+    ranks |= {b: size + i for i, b in enumerate(unknown)}
+    return HubEncoding(str(name), size=size, nfc=normalizer is not None, source=file, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def _pattern(pre: dict) -> str | None:
-    """The pattern that makes a pre_tokenizer's cuts; None if it is none of the three kinds known."""
-    parts = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    *first, last = parts
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+def cuts(pre: dict) -> str | None:
+    """The pattern of a pre_tokenizer's pieces; None if it is not ByteLevel with GPT-2's pattern, that with Digits, or a pattern of its own."""
+    *first, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space") or len(first) > 1:
         return None
     if last.get("use_regex", True):
-        if not first:
-            return GPT2_PATTERN
-        return DIGITS_PATTERN if len(first) == 1 and first[0] == {"type": "Digits", "individual_digits": True} else None
-    if len(first) == 1 and first[0]["type"] == "Split" and first[0]["behavior"] == "Isolated" and not first[0].get("invert"):
-        return first[0]["pattern"].get("Regex")
-    return None
+        return GPT2 if not first else GPT2_DIGITS if first[0] == {"type": "Digits", "individual_digits": True} else None
+    split = first[0] if first else {}
+    return split["pattern"].get("Regex") if split.get("behavior") == "Isolated" and not split["invert"] else None
 
 
 def save_tokenizer(enc: tiktoken.Encoding, folder):
-    """Write an encoding as tokenizer.json (and the tokenizer_config.json that `transformers` wants), which load_tokenizer reads back.
+    """Write tokenizer.json (and the tokenizer_config.json that `transformers` wants), for load_tokenizer and every other tool.
 
-    One that came from load_tokenizer is copied as it was; another must cut its text as GPT-2 does, else ValueError.
+    An encoding that came from load_tokenizer has its files copied; another is one of this project's own making: ValueError if it
+    does not cut its text as GPT-2 does, or has a token that no merge makes.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(enc, HubEncoding):
-        for source in (enc.source, enc.source.with_name("tokenizer_config.json")):
-            if source.exists() and source.resolve() != (folder / source.name).resolve():
-                write_whole(folder / source.name, lambda tmp: shutil.copyfile(source, tmp))
+        for file in (enc.source, enc.source.with_name("tokenizer_config.json")):
+            if file.exists():
+                write_whole(folder / file.name, lambda tmp: shutil.copyfile(file, tmp))
         return
-    if enc._pat_str not in (GPT2_PATTERN, TIKTOKEN_GPT2_PATTERN):
-        raise ValueError(f"the encoding {enc.name!r} does not cut its text with GPT-2's pattern, the only one that can be saved")
-    ranks, special = enc._mergeable_ranks, enc._special_tokens
-    show = lambda token: "".join(CHAR_OF[b] for b in token)
+    if enc._pat_str not in (GPT2, GPT2_TIKTOKEN):
+        raise ValueError(f"the encoding {enc.name!r} cannot be saved: it does not cut its text with GPT-2's pattern")
+    ranks = dict(sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
+    show = {t: "".join(CHAR_OF[b] for b in t) for t in ranks}
     merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            parts = _bpe(ranks, token, rank)
-            if len(parts) != 2:
-                raise ValueError(f"the encoding {enc.name!r} cannot be saved: no merge of lower rank makes its token {token!r}")
-            merges.append([show(p) for p in parts])
+    for token in (t for t in ranks if len(t) > 1):
+        parts = [bytes([b]) for b in token]                         # merge what ranks lowest until the last merge is the token's own
+        while len(parts) > 2 and (pairs := [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]) and min(pairs) < ranks[token]:
+            i = pairs.index(min(pairs))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) != 2:
+            raise ValueError(f"the encoding {enc.name!r} cannot be saved: no merge makes its token {token!r}")
+        merges.append([show[p] for p in parts])
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    spec = dict(
-        version="1.0", truncation=None, padding=None, normalizer=None, pre_tokenizer=level, post_processor=None, decoder=level,
-        added_tokens=[dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-                      for t, i in sorted(special.items(), key=lambda item: item[1])],
-        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=False,
-                   byte_fallback=False, ignore_merges=False, vocab={show(t): i for t, i in ranks.items()} | special, merges=merges))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=next(iter(special), None), clean_up_tokenization_spaces=False)
-    write_whole(folder / "tokenizer.json", lambda tmp: tmp.write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"))
-    write_whole(folder / "tokenizer_config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=1) + "\n"))
-
-
-def _bpe(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
-    """Byte-pair encoding of `token` with the merges of rank under `below` only."""
-    parts = [bytes([b]) for b in token]
-    while True:
-        joined = [ranks.get(a + b, below) for a, b in zip(parts, parts[1:])]
-        if not joined or min(joined) >= below:
-            return parts
-        i = joined.index(min(joined))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    spec = dict(version="1.0", normalizer=None, pre_tokenizer=level, post_processor=None, decoder=level,
+                added_tokens=[dict(id=i, content=t, **flags) for t, i in sorted(enc._special_tokens.items(), key=lambda item: item[1])],
+                model=dict(type="BPE", vocab={show[t]: i for t, i in ranks.items()} | enc._special_tokens, merges=merges))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=next(iter(enc._special_tokens), None))
+    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+        write_whole(folder / name, lambda tmp: tmp.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8"))
