@@ -208,15 +208,15 @@ class GPT(nn.Module):
             model = cls(read_config(folder))
         index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
         sharded = index.exists() and not whole.exists()
-        files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))] if sharded else [whole]
-        wanted, found = {hub_key(k): v.shape for k, v in model.state_dict().items()}, {}
+        files = [folder / f for f in sorted(set(read_json(index).get("weight_map", {}).values()))] if sharded else [whole]
+        wanted, found = {hub_key(k): list(v.shape) for k, v in model.state_dict().items()}, {}
         for file in files:
             try:
                 with safe_open(file, "pt") as tensors:
                     for key in tensors.keys():
                         if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and model.lm_head is None):
                             continue                                # some checkpoints store what follows from the rest
-                        have, want = tuple(tensors.get_slice(key).get_shape()), tuple(wanted.get(key, ()))
+                        have, want = tensors.get_slice(key).get_shape(), wanted.get(key)
                         if have != want:
                             raise ValueError(f"{file}: the tensor {key} is {have}, but config.json asks for {want or 'none of that name'}")
                         found[key] = tensors.get_tensor(key).to(device, dtype)

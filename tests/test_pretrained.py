@@ -1,0 +1,505 @@
+"""Checkpoints and tokenizers against `transformers` and `tokenizers`; bad input. No network: what is compared is made on the spot.
+
+With RA3_SMOLLM2=<folder of SmolLM2-135M> in the environment, also that real model.
+"""
+import copy
+import json
+import os
+import pickle
+import random
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+
+from model import GPT, GPT2, GPT2_TIKTOKEN, GPTConfig, generate, load_tokenizer, save_tokenizer
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+transformers.utils.logging.disable_progress_bar()
+
+# ------------------------------------------------------------------------------------------------- weights: tiny checkpoints
+
+SMALL = dict(vocab_size=160, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+             max_position_embeddings=256, eos_token_id=7, bos_token_id=None)
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES = {    # name: (class of the reference, its configuration)
+    "llama3": ("Llama", dict(SMALL, rope_theta=500_000.0, rope_scaling=LLAMA3_ROPE, tie_word_embeddings=False, eos_token_id=[7, 9])),
+    "qwen2.5": ("Qwen2", dict(SMALL, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(SMALL, rope_theta=1e6, rms_norm_eps=1e-6, head_dim=16, tie_word_embeddings=True)),
+    "smollm2": ("Llama", dict(SMALL, rope_theta=100_000.0, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True)),
+}
+
+
+def reference(family):
+    """A random `transformers` model whose every weight matters: by default norms are 1, biases 0 and logits nearly flat."""
+    name, settings = FAMILIES[family]
+    torch.manual_seed(0)
+    ref = getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(**settings)).eval()
+    with torch.no_grad():
+        for p in ref.parameters():
+            p.copy_(torch.randn_like(p) * 0.2 if p.ndim > 1 else 1 + 0.3 * torch.randn_like(p))
+    return ref
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """family -> (folder in the Hugging Face layout, the reference)."""
+    out = {}
+    for family in FAMILIES:
+        folder, ref = tmp_path_factory.mktemp(family), reference(family)
+        ref.save_pretrained(folder)
+        out[family] = folder, ref
+    return out
+
+
+@torch.no_grad()
+def difference(ours: GPT, ref, length=200):
+    tokens = torch.randint(0, ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+    return (ours(tokens) - ref(tokens).logits).abs().max().item()
+
+
+def greedy(ref, prompt, n):
+    """n tokens of the reference without cache, by argmax."""
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            tokens.append(ref(torch.tensor([tokens])).logits[0, -1].argmax().item())
+    return tokens[len(prompt):]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_greedy_continuations_equal_the_reference(checkpoints, family):
+    folder, ref = checkpoints[family]
+    ours = GPT.from_pretrained(folder)
+    assert difference(ours, ref) < 1e-4
+    prompts = [[(7 * i + j * j) % 160 for j in range(3 + 5 * i)] for i in range(4)]
+    samples = generate(ours, prompts, max_new_tokens=24, seeds=[0] * 4, temperature=0, stop_ids=())
+    assert [s.tokens for s in samples] == [greedy(ref, p, 24) for p in prompts]
+    assert ours.config.eos_id == 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards(checkpoints, family, tmp_path):
+    _, ref = checkpoints[family]
+    ref.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert difference(GPT.from_pretrained(tmp_path), ref) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_older_layout_of_config(checkpoints, family, tmp_path):
+    """Before version 5, `transformers` wrote rope_theta and rope_scaling, as most folders on the hub have them."""
+    folder, ref = checkpoints[family]
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    assert difference(GPT.from_pretrained(tmp_path), ref) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_we_save_transformers_loads(checkpoints, family, tmp_path):
+    folder, _ = checkpoints[family]
+    ours = GPT.from_pretrained(folder)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.01 * torch.randn_like(p))                      # as training does; the file it was mapped from must not change
+    ours.save_pretrained(tmp_path / "new" / "folder")
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(again).__name__ == FAMILIES[family][0] + "ForCausalLM"
+    assert difference(ours, again.eval()) < 1e-4
+    back = GPT.from_pretrained(tmp_path / "new" / "folder")
+    assert back.config == ours.config and all(torch.equal(a, b) for a, b in zip(back.parameters(), ours.parameters(), strict=True))
+    assert difference(GPT.from_pretrained(folder), checkpoints[family][1]) < 1e-4
+    assert sorted(f.name for f in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_save_over_the_file_that_is_mapped(checkpoints, tmp_path):
+    GPT.from_pretrained(checkpoints["llama3"][0]).save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    model.save_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(GPT.from_pretrained(tmp_path).parameters(), model.parameters()))
+
+
+def test_dtypes(checkpoints, tmp_path):
+    ours = GPT.from_pretrained(checkpoints["qwen2.5"][0])
+    ours.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    half = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(ours.parameters(), half.parameters(), strict=True))
+    assert all(p.dtype == torch.float32 for p in GPT.from_pretrained(tmp_path).parameters())
+    tokens = torch.arange(50)[None]
+    with torch.no_grad():                                           # the angles must not be rounded to bfloat16 with the weights
+        assert (ours.to(torch.bfloat16)(tokens) - half(tokens)).abs().max() == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpermuted_q_and_k_are_caught(checkpoints, family):
+    """Checkpoints in Meta's and llama.cpp's own layouts pair neighbouring dimensions in the rotation, those on the hub the two halves.
+
+    Weights of the wrong layout load without complaint; only the comparison of logits tells.
+    """
+    folder, ref = checkpoints[family]
+    ours = GPT.from_pretrained(folder)
+    assert difference(ours, ref) < 1e-4
+    C = ours.config.head_dim
+    with torch.no_grad():
+        for block in ours.layers:
+            for proj in (block.self_attn.q_proj, block.self_attn.k_proj):
+                w = proj.weight.view(-1, 2, C // 2, ours.config.d_model)
+                proj.weight.copy_(w.transpose(1, 2).reshape(proj.weight.shape))
+    assert difference(ours, ref) > 0.1
+
+
+def test_tied_checkpoint_that_stores_its_head(checkpoints, tmp_path):
+    """Some tools write lm_head.weight though it is tied: a copy of the embedding, which is not loaded twice."""
+    from safetensors.torch import load_file, save_file
+    folder, ref = checkpoints["smollm2"]
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    assert difference(GPT.from_pretrained(tmp_path), ref) < 1e-4
+
+
+def test_weights_are_mapped_not_copied(tmp_path):
+    """Loading 64 MB of the asked dtype grows the process by far less than 64 MB: the parameters are the file's pages."""
+    GPT(GPTConfig(vocab_size=32_768, d_model=512, n_layer=1, d_ff=64)).save_pretrained(tmp_path)
+    GPT(GPTConfig()).save_pretrained(tmp_path / "warm")
+    GPT.from_pretrained(tmp_path / "warm")                          # imports and allocator
+    private = lambda: sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous")) / 1e3
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("memory is measured through Linux's /proc")
+    before = private()
+    model = GPT.from_pretrained(tmp_path)
+    assert private() - before < 10 and sum(p.numel() for p in model.parameters()) * 4 > 64e6
+    with torch.no_grad():
+        model.embed_tokens.weight.add_(1)                           # and yet they can be trained: a changed page becomes ours
+    assert private() - before > 60
+
+
+# ------------------------------------------------------------------------------------------------------------- tokenizers
+
+LLAMA3_CUTS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_CUTS = LLAMA3_CUTS.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """Python sources of the standard library that also hold some Unicode."""
+    lib = Path(os.__file__).parent
+    return [(lib / f).read_text(encoding="utf-8") for f in ("heapq.py", "textwrap.py", "random.py", "json/decoder.py", "html/entities.py", "locale.py")]
+
+
+def train(kind, corpus, vocab=1500):
+    """A `tokenizers` tokenizer of the given kind, trained on the corpus."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    tok = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    level = lambda regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+    split = lambda cuts: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(cuts), "isolated"), level(False)])
+    tok.pre_tokenizer = {"gpt2": level(True), "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level(True)]),
+                         "llama3": split(LLAMA3_CUTS), "qwen": split(QWEN_CUTS)}[kind]
+    if kind == "qwen":
+        tok.normalizer = normalizers.NFC()
+    tok.decoder = decoders.ByteLevel()
+    # SmolLM2 lacks the bytes that its corpus lacked; the others begin with all 256.
+    alphabet = [] if kind == "smollm2" else pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet, show_progress=False,
+                                                        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    return tok
+
+
+def strings(corpus, n=3000, seed=0):
+    """n strings: slices of code, random Unicode, whitespace, digits, and mixtures."""
+    rng, old = random.Random(seed), unicodedata.ucd_3_2_0    # of newer characters the two libraries may have different tables
+    code = "\n".join(corpus)
+    spaces = " \t\n\r\x0b\x0c\x85\u00a0\u2003\u2028\u3000"
+    digits = "0123456789٣४²½Ⅷ五"
+    marks = "eéạ̈ñç中文字かなカ한글абвγδאבعر😀👩\u200d🔬ſ'’\u0301\u0338>=ﬁÅÅ\ufeff"
+    signs = "+-*/=<>()[]{}:;,.'\"#@!?_\\|&^%$~`"
+    draw = [lambda: (lambda i: code[i:i + rng.randrange(1, 200)])(rng.randrange(len(code))),
+            lambda: "".join(rng.choice(spaces) for _ in range(rng.randrange(1, 9))),
+            lambda: " " * rng.randrange(1, 18) + rng.choice(["", "\n", "x", "7"]),
+            lambda: "".join(rng.choice(digits) for _ in range(rng.randrange(1, 9))),
+            lambda: "".join(rng.choice(marks) for _ in range(rng.randrange(1, 9))),
+            lambda: "".join(rng.choice(signs) for _ in range(rng.randrange(1, 9))),
+            lambda: "".join(c for c in map(chr, (rng.randrange(1, 0x3000) for _ in range(6))) if old.category(c) != "Cn"),
+            lambda: rng.choice(["'s", "'S", "I'm", "'ll", "'re x", "don't", "  'd", "\r\n", "):\n", "    return x\n"])]
+    return ["".join(rng.choice(draw)() for _ in range(rng.randrange(1, 5))) for _ in range(n)] + ["", " ", "\n", code]
+
+
+def assert_same_tokens(enc, tok, texts):
+    """Equal ids, without and with special tokens in the text."""
+    for text in texts:
+        expected = tok.encode(text, add_special_tokens=False).ids
+        assert enc.encode(text, allowed_special="all") == expected, repr(text)
+        if not any(s in text for s in enc.special_tokens_set):
+            assert enc.encode_ordinary(text) == enc.encode(text) == expected, repr(text)
+        if {"<|im_start|>", "<|endoftext|>"} <= enc.special_tokens_set and not text.startswith("\u0338"):  # which normalising joins to the ">"
+            special = f"<|im_start|>{text}<|endoftext|>{text}"
+            assert enc.encode(special, allowed_special="all") == tok.encode(special, add_special_tokens=False).ids, repr(special)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm2", "llama3", "qwen"])
+def test_tokens_equal_those_of_tokenizers(kind, corpus, tmp_path):
+    tok = train(kind, corpus)
+    tok.save(str(tmp_path / "tokenizer.json"))
+    enc = load_tokenizer(tmp_path)
+    texts = strings(corpus)
+    lacking = {b for b in range(256) if enc._mergeable_ranks[bytes([b])] >= enc.n_vocab}
+    assert (len(lacking) > 20) == (kind == "smollm2")
+    if kind == "smollm2":       # strings with unknown bytes come next
+        texts = [t for t in texts if not lacking & set(t.encode())]
+    assert len(texts) > (500 if kind == "smollm2" else 3000)
+    assert_same_tokens(enc, tok, texts)
+    assert enc.n_vocab == tok.get_vocab_size()
+    for text in texts:
+        whole = unicodedata.normalize("NFC", text) if kind == "qwen" else text
+        assert enc.decode(enc.encode_ordinary(text)) == whole
+
+
+def test_unknown_bytes_are_dropped(corpus, tmp_path):
+    tok = train("smollm2", [c.encode("ascii", "ignore").decode() for c in corpus])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    enc = load_tokenizer(tmp_path)
+    for text in ["é", "a\x04b", "x = 'é'\n", "def f():\n    return '中'"]:
+        ids = enc.encode(text)
+        assert ids == enc.encode_ordinary(text) == tok.encode(text).ids and max(ids, default=0) < enc.n_vocab
+
+
+def test_an_encoding_survives_pickling_and_copying(corpus, tmp_path):
+    train("qwen", corpus, 400).save(str(tmp_path / "tokenizer.json"))
+    enc = load_tokenizer(tmp_path)
+    for other in (pickle.loads(pickle.dumps(enc)), copy.deepcopy(enc)):
+        assert other.encode("e\u0301 x") == enc.encode("e\u0301 x") and other.n_vocab == enc.n_vocab
+
+
+@pytest.mark.parametrize("pattern", [GPT2, GPT2_TIKTOKEN])
+def test_our_own_encoding_saved(pattern, corpus, tmp_path):
+    """An encoding trained with tiktoken, as the embedded world's: what is written reads equal in `tokenizers`, `transformers` and here."""
+    from tiktoken._educational import bpe_train
+    ranks = bpe_train(corpus[0][:10_000], 499, pattern, visualise=None)
+    enc = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 499})
+    save_tokenizer(enc, tmp_path)
+    tok, back, texts = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), load_tokenizer(tmp_path), strings(corpus)
+    assert tok.get_vocab_size() == back.n_vocab == 500 and back.eot_token == 499
+    assert_same_tokens(enc, tok, texts)
+    assert_same_tokens(back, tok, texts)
+    save_tokenizer(back, tmp_path / "copy")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")
+    assert auto.eos_token_id == 499
+    for text in texts[:300]:
+        assert auto.encode(text) == enc.encode(text) and auto.decode(auto.encode(text)) == text
+
+
+def test_the_shipped_base():
+    """The embedded world's base model lies in the repository in the same layout."""
+    base = Path(__file__).parent.parent / "base"
+    if not (base / "config.json").exists():
+        pytest.skip("base/ has not been made yet")
+    model, enc = GPT.from_pretrained(base), load_tokenizer(base)
+    assert model.config.eos_id == enc.eot_token and enc.n_vocab <= model.config.vocab_size
+    ref = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    assert difference(model, ref) < 1e-3
+    tok = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    text = "def f(xs):\n    # 7 + 8 = 15\n    return [x + 15 for x in xs]\n"
+    assert enc.encode(text) == tok.encode(text).ids
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(kind, call, *words):
+    """`call` must raise an exception of this kind whose message is one line that holds each of the words."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(w in message for w in words), message
+    return True
+
+
+def edit(folder: Path, target: Path, file: str, change):
+    """A copy of a model folder in which one JSON file was changed."""
+    target.mkdir()
+    for f in folder.iterdir():
+        if f.name != file:
+            (target / f.name).symlink_to(f)
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (target / file).write_text(json.dumps(content))
+    return target
+
+
+def test_a_name_that_is_nowhere(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub import errors
+    refused(OSError, lambda: GPT.from_pretrained("/no/such/folder"), "'/no/such/folder'", "no folder")
+    refused(OSError, lambda: load_tokenizer("a/b/c"), "'a/b/c'", "check the spelling")
+
+    def hub(error):
+        def download(*_, **__):
+            raise error
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        return lambda: GPT.from_pretrained("some/model")
+
+    class Reply:                                                    # what the hub's errors carry, of whichever HTTP library
+        headers, request, status_code, text = {}, None, 404, ""
+    make = lambda cls, text: cls(text, response=Reply())
+    refused(OSError, hub(make(errors.GatedRepoError, "403\nlong story")), "'some/model'", "gated", "accept its terms")
+    refused(FileNotFoundError, hub(make(errors.RepositoryNotFoundError, "404\nlong story")), "'some/model'", "check the spelling")
+    refused(OSError, hub(errors.LocalEntryNotFoundError("Got: no route\nand more")), "'some/model'", "did not answer", "no route", "folder")
+    refused(OSError, hub(ConnectionError("no route\nto host")), "did not answer", "check the connection")
+
+
+def test_a_hub_out_of_reach_is_told_at_once():
+    """In a process of its own, since the hub's address is read when the library is imported: a port where nobody listens."""
+    import subprocess
+    import time
+    code = "from model import GPT\ntry: GPT.from_pretrained('some/model')\nexcept OSError as e: print(e)"
+    start = time.time()
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
+    assert "'some/model'" in done.stdout and "did not answer" in done.stdout and len(done.stdout.splitlines()) == 1, done
+    assert time.time() - start < 30
+
+
+def test_folders_that_are_not_models(checkpoints, tmp_path):
+    folder, _ = checkpoints["qwen2.5"]
+    load = lambda f: lambda: GPT.from_pretrained(f)
+    refused(FileNotFoundError, load(tmp_path), "config.json", "Hugging Face layout")
+    (tmp_path / "config.json").write_text("{")
+    refused(ValueError, load(tmp_path), "not valid JSON")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    refused(ValueError, load(tmp_path), "model.safetensors", "cannot be read")
+
+    changed = lambda name, **new: load(edit(folder, tmp_path / name, "config.json", lambda c: c.update(new)))
+    refused(ValueError, changed("a", model_type="gpt_neox"), "model_type 'gpt_neox'", "qwen3")
+    refused(ValueError, changed("b", hidden_act="gelu"), "hidden_act 'gelu'", "silu")
+    refused(ValueError, changed("c", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type 'yarn'", "llama3")
+    refused(ValueError, changed("d", attention_bias=True), "attention_bias True")
+    refused(ValueError, changed("e", use_sliding_window=True), "use_sliding_window True")
+    refused(ValueError, changed("f", quantization_config={"bits": 4}), "quantization_config")
+    refused(ValueError, changed("g", eos_token_id=None), "config.json", "entry")
+    refused(ValueError, load(edit(folder, tmp_path / "h", "config.json", lambda c: c.pop("hidden_size"))), "hidden_size")
+
+
+def test_tensors_missing_extra_and_misshapen(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
+    folder, _ = checkpoints["qwen3"]
+
+    def model(name, change):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((folder / "config.json").read_bytes())
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        return lambda: GPT.from_pretrained(tmp_path / name)
+    key = "model.layers.1.self_attn.q_norm.weight"
+    refused(ValueError, model("missing", lambda t: t.pop(key)), key, "missing", "1 of")
+    refused(ValueError, model("extra", lambda t: t.update({"model.layers.9.surplus.weight": torch.zeros(2)})), "model.layers.9.surplus.weight", "[2]")
+    refused(ValueError, model("scalar", lambda t: t.update({"model.surplus": torch.zeros(())})), "model.surplus")
+    refused(ValueError, model("shape", lambda t: t.update({key: torch.zeros(3)})), key, "[3]", "[16]")
+
+
+def test_damaged_and_absent_shards(checkpoints, tmp_path):
+    _, ref = checkpoints["qwen3"]
+    ref.save_pretrained(tmp_path, max_shard_size="60KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    for damage in (content[:len(content) // 2], b"", b"\xff" * 100, content[:30]):
+        shard.write_bytes(damage)
+        refused(ValueError, lambda: GPT.from_pretrained(tmp_path), shard.name, "cannot be read", "download")
+    shard.unlink()
+    refused(ValueError, lambda: GPT.from_pretrained(tmp_path), shard.name, "cannot be read")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    refused(ValueError, lambda: GPT.from_pretrained(tmp_path), "tensors are missing")
+
+
+def test_nothing_half_written(checkpoints, tmp_path, monkeypatch):
+    import safetensors.torch
+    model = GPT.from_pretrained(checkpoints["qwen3"][0])
+    model.save_pretrained(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full_disk(tensors, file, metadata=None):
+        Path(file).write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    with pytest.raises(OSError):
+        model.save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+    both = GPT(GPTConfig(qkv_bias=True, qk_norm=True))
+    refused(ValueError, lambda: both.save_pretrained(tmp_path / "both"), "qkv_bias", "qk_norm")
+
+
+def test_tokenizers_of_other_kinds(corpus, tmp_path):
+    good = tmp_path / "good"
+    good.mkdir()
+    train("smollm2", corpus, 400).save(str(good / "tokenizer.json"))
+    assert load_tokenizer(good)
+    count = iter(range(100))
+    changed = lambda change: lambda: load_tokenizer(edit(good, tmp_path / str(next(count)), "tokenizer.json", change))
+    kinds = "only byte-level BPE"
+    refused(FileNotFoundError, lambda: load_tokenizer(tmp_path), "tokenizer.json")
+    refused(ValueError, changed(lambda t: t["model"].update(type="Unigram")), "Unigram", kinds)
+    refused(ValueError, changed(lambda t: t["model"].update(byte_fallback=True)), "BPE", kinds)
+    refused(ValueError, changed(lambda t: t.update(normalizer={"type": "Lowercase"})), "Lowercase", kinds)
+    refused(ValueError, changed(lambda t: t.update(pre_tokenizer={"type": "Metaspace"})), "Metaspace", kinds)
+    refused(ValueError, changed(lambda t: t.update(pre_tokenizer=None)), kinds)
+    refused(ValueError, changed(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(individual_digits=False)), "Digits", kinds)
+    refused(ValueError, changed(lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)), "add_prefix_space", kinds)
+    refused(ValueError, changed(lambda t: t["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})), kinds)
+    refused(ValueError, changed(lambda t: t["added_tokens"][0].update(lstrip=True)), "added token", kinds)
+    refused(ValueError, changed(lambda t: t["model"]["merges"].reverse()), "order", kinds)
+    refused(ValueError, changed(lambda t: t["model"]["merges"].pop()), "no merge makes", kinds)
+    refused(ValueError, changed(lambda t: t["model"]["vocab"].update({"▁the": 7000})), kinds)
+    refused(ValueError, changed(lambda t: t.pop("model")), "model", kinds)
+    other = tiktoken.Encoding("o", pat_str=r"\w+|\W+", mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
+    refused(ValueError, lambda: save_tokenizer(other, tmp_path / "o"), "'o'", "GPT-2")
+    orphan = tiktoken.Encoding("p", pat_str=GPT2, mergeable_ranks={bytes([b]): b for b in range(256)} | {b"abc": 256}, special_tokens={})
+    refused(ValueError, lambda: save_tokenizer(orphan, tmp_path / "p"), "'p'", "abc")
+
+
+# ------------------------------------------------------------------------------------------------------- the real SmolLM2
+
+SMOLLM2 = os.environ.get("RA3_SMOLLM2")
+real = pytest.mark.skipif(not SMOLLM2, reason="RA3_SMOLLM2 does not name a folder with SmolLM2-135M")
+
+
+@real
+def test_real_smollm2_tokens(corpus):
+    enc, tok = load_tokenizer(SMOLLM2), tokenizers.Tokenizer.from_file(str(Path(SMOLLM2) / "tokenizer.json"))
+    files = [f.read_text(encoding="utf-8") for f in sorted(Path(os.__file__).parent.glob("*.py"))]
+    texts = strings(corpus, 10_000) + files
+    assert_same_tokens(enc, tok, texts)
+    print(f"\n{len(texts)} strings, {sum(map(len, texts)):,} characters: tokens equal")
+
+
+@real
+def test_real_smollm2_logits_and_greedy(corpus):
+    ours, enc = GPT.from_pretrained(SMOLLM2), load_tokenizer(SMOLLM2)
+    ref = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+    text = [t.strip() for c in corpus for t in c.split("\n\n\n") if len(t) > 300][:20]
+    prompts = [enc.encode_ordinary(t)[:8 + 3 * i] for i, t in enumerate(text)]
+    assert len(prompts) == 20
+    whole = torch.tensor([enc.encode_ordinary(corpus[0])[:512]])
+    with torch.no_grad():
+        a, b = ours(whole), ref(whole).logits
+    gap = (a - b).abs().max().item()
+    nll = torch.nn.functional.cross_entropy(a[0, :-1], whole[0, 1:]).item()
+    samples = generate(ours, prompts, max_new_tokens=64, seeds=[0] * 20, temperature=0, stop_ids=())
+    equal = 0
+    for prompt, sample in zip(prompts, samples):
+        out = ref.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=64, min_new_tokens=64,
+                           eos_token_id=None, pad_token_id=0)
+        equal += out[0, len(prompt):].tolist() == sample.tokens
+    print(f"\nlargest difference of logits {gap:.1e} over {a.numel():,}; {nll:.2f} nats/token; greedy continuations equal: {equal}/20")
+    assert gap < 1e-3 and equal == 20
