@@ -324,6 +324,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     for i, p in enumerate(prompts):
         if not p or len(p) >= cfg.context:
             raise ValueError(f"prompt {i} has {len(p)} tokens; between 1 and {cfg.context - 1} fit the model's context")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"there are {len(prompts)} prompts, but {len(seeds)} seeds: each prompt needs its own")
     out = [Sample() for _ in prompts]
     if not prompts:
         return out

@@ -1,0 +1,271 @@
+"""The network against itself: cached and uncached, packed and separate, batched and one by one. (test_pretrained.py: against others.)"""
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model import GPT, GPTConfig, KVCache, generate, pad, pick, rope_frequencies, uniforms
+
+TINY = dict(vocab_size=61, d_model=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_ff=48, context=64, eos_id=0)
+KINDS = {
+    "plain": {}, "one kv head each": dict(n_kv_head=4), "one for all": dict(n_kv_head=1),
+    "untied, biases": dict(tie_embeddings=False, qkv_bias=True), "qk norm": dict(qk_norm=True, head_dim=16),
+    "rope scaling": dict(rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)),
+}
+
+
+def tiny(seed=0, **changes) -> GPT:
+    """A random model with weights so large that every position and every token matters: at 0.02 they hardly do."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**TINY, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 if p.ndim > 1 else 1 + 0.3 * torch.randn_like(p))
+    return model
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(1, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------ one forward pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_cached_logits_equal_uncached(kind):
+    """Rows of unequal lengths, several tokens at a time, with rejected tokens rolled back: as if each row had run alone."""
+    model, rng, B = tiny(**KINDS[kind]), np.random.default_rng(1), 3
+    assert model(tokens(1, 9)).std() > 0.5                          # the models under test are not flat
+    cache, kept = KVCache(model.config, B, 60, "cpu", torch.float32), [[] for _ in range(B)]
+    for T in (5, 1, 7, 3, 1, 1, 6):
+        new = tokens(B, T, seed=T + 100 * len(kept[0]))
+        logits = model(new, cache=cache)                                                              # (B, T, V)
+        for b in range(B):
+            alone = model(torch.tensor([kept[b] + new[b].tolist()]))[0, -T:]
+            assert (logits[b] - alone).abs().max() < 1e-4
+        keep = torch.tensor(rng.integers(0, T + 1, B))              # the cache's length, not its content, says what counts
+        cache.length += keep
+        for b in range(B):
+            kept[b] += new[b, :keep[b]].tolist()
+    assert len(set(map(len, kept))) == B                            # the lengths did differ
+    cache.length -= torch.tensor([1, 0, 2])                         # and further back than the last call
+    kept = [row[:n] for row, n in zip(kept, cache.length.tolist())]
+    logits = model(tokens(B, 2, seed=9), cache=cache)
+    for b in range(B):
+        assert (logits[b] - model(torch.tensor([kept[b] + tokens(B, 2, seed=9)[b].tolist()]))[0, -2:]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_are_selected_copied_and_overwritten():
+    model, rows = tiny(), tokens(4, 10)
+    cache = KVCache(model.config, 4, 20, "cpu", torch.float32)
+    model(rows, cache=cache)
+    cache.length += torch.tensor([10, 8, 6, 4])
+    picked = cache.select(torch.tensor([2, 0, 2]))
+    logits = model(tokens(3, 1, seed=5), cache=picked)[:, 0]
+    for slot, row, n in ((0, 2, 6), (1, 0, 10), (2, 2, 6)):
+        whole = torch.cat([rows[row, :n], tokens(3, 1, seed=5)[slot]])
+        assert (logits[slot] - model(whole[None])[0, -1]).abs().max() < 1e-4
+    assert cache.length.tolist() == [10, 8, 6, 4]
+    small = KVCache(model.config, 1, 3, "cpu", torch.float32)
+    model(tokens(1, 3, seed=6), cache=small)
+    small.length += 3
+    cache.put(torch.tensor([1]), small)
+    logits = model(tokens(4, 1, seed=7), cache=cache)[:, 0]
+    assert (logits[1] - model(torch.cat([tokens(1, 3, seed=6), tokens(4, 1, seed=7)[1:2]], 1))[0, -1]).abs().max() < 1e-4
+    assert (logits[3] - model(torch.cat([rows[3:, :4], tokens(4, 1, seed=7)[3:]], 1))[0, -1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_packed_documents_equal_separate_ones(kind):
+    """Documents laid end to end in one row, whatever their numbers: each as if it stood alone at position 0."""
+    model = tiny(**KINDS[kind])
+    lengths = [[5, 1, 9, 3], [2, 2, 14]]
+    doc = torch.tensor([[7] * 5 + [8] + [2] * 9 + [0] * 3, [0] * 2 + [1] * 2 + [0] * 14])              # numbers may return later
+    x = tokens(2, 18)
+    doc[1, 4:] = 3
+    logits = model(x, doc=doc)
+    for b, row in enumerate(lengths):
+        start = 0
+        for n in row:
+            assert (logits[b, start:start + n] - model(x[b:b + 1, start:start + n])[0]).abs().max() < 1e-4
+            start += n
+
+
+@torch.no_grad()
+def test_no_token_sees_the_future_or_the_padding():
+    model, x = tiny(), tokens(1, 12)
+    y = x.clone()
+    y[0, 7] = (y[0, 7] + 1) % 61
+    change = (model(x) - model(y)).abs().amax(-1)[0]
+    assert change[:7].max() == 0 and change[7:].min() > 1e-3        # it alters itself and all that follows, nothing before
+    padded = torch.cat([x, torch.zeros(1, 5, dtype=torch.int64)], 1)
+    assert (model(padded)[:, :12] - model(x)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_rotary_positions_are_relative():
+    """A query and a key turned to positions p and q have a product that depends on p - q alone, and does depend on it."""
+    from model import rotate
+    cfg = GPTConfig(head_dim=16)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    turn = lambda x, p: rotate(x, (p * rope_frequencies(cfg)).double().cos()[None, None, None], (p * rope_frequencies(cfg)).double().sin()[None, None, None])
+    product = lambda p, r: (turn(q, p) * turn(k, r)).sum().item()
+    assert product(3, 1) == pytest.approx(product(103, 101), abs=1e-4) and abs(product(3, 1) - product(3, 2)) > 1e-2
+
+
+def test_llama3_frequencies():
+    """Waves shorter than original / high_freq_factor stay, longer than original / low_freq_factor are slowed by factor, others lie between."""
+    cfg = GPTConfig(head_dim=64, rope_theta=500_000.0)
+    plain = rope_frequencies(cfg)
+    cfg.rope_scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    ratio, wave = rope_frequencies(cfg) / plain, 2 * math.pi / plain
+    assert torch.allclose(ratio[wave < 8192 / 4], torch.tensor(1.0)) and torch.allclose(ratio[wave > 8192], torch.tensor(1 / 8))
+    middle = ratio[(wave > 8192 / 4) & (wave < 8192)]
+    assert len(middle) > 1 and ((middle > 1 / 8) & (middle < 1)).all() and (middle.diff() < 0).all()
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, x = tiny(), tokens(2, 20)
+    doc = torch.arange(20).div(7, rounding_mode="floor").expand(2, 20)
+    grads = []
+    for flag in (False, True):
+        model.grad_checkpoint = flag
+        model.zero_grad()
+        model(x, doc=doc).logsumexp(-1).mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads)) and max(g.abs().max() for g in grads[0]) > 1e-3
+
+
+@torch.no_grad()
+def test_the_hidden_states_give_the_logits():
+    for changes in ({}, dict(tie_embeddings=False)):
+        model, x = tiny(**changes), tokens(2, 6)
+        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        assert torch.equal(model(x, head=False) @ head.weight.T, model(x))
+
+
+@torch.no_grad()
+def test_copies_moves_and_dtypes_keep_the_positions():
+    model, x = tiny(), tokens(2, 30)
+    before = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), before)
+    assert torch.equal(model.bfloat16().float()(x), GPT.float(copy.deepcopy(model))(x))
+    with torch.device("meta"):
+        hollow = GPT(model.config)
+    hollow(x.to("meta"))                                            # even after a forward pass without numbers
+    hollow.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(hollow(x), model(x))
+    # Weights in bfloat16, angles in float32: near the end of the context the rounding of an angle would be gross.
+    exact, rounded = model(x), copy.deepcopy(model).bfloat16()(x).float()
+    assert (exact - rounded).abs().mean() < 0.05 * exact.std()
+
+
+@torch.no_grad()
+def test_beyond_the_context():
+    model = tiny(context=16)
+    assert model(tokens(1, 16)).shape == (1, 16, 61)
+    with pytest.raises(ValueError, match="17 tokens does not fit the model's context of 16"):
+        model(tokens(1, 17))
+    cache = KVCache(model.config, 2, 100, "cpu", torch.float32)
+    cache.length += torch.tensor([3, 15])
+    model(tokens(2, 1), cache=cache)
+    with pytest.raises(ValueError, match="context of 16"):
+        model(tokens(2, 2), cache=cache)
+
+
+# -------------------------------------------------------------------------------------------------------------- sampling
+
+
+def test_pick_draws_from_the_distribution():
+    """Over an even grid of uniforms each token is drawn in exactly its share, to the resolution of the grid."""
+    logits, n = torch.tensor([[0.3, -math.inf, 2.0, -1.0, 0.3, -5.0]]), 20_000
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = pick(logits.expand(n, -1), (torch.arange(n, dtype=torch.float64) + 0.5) / n, temperature)
+        share = torch.bincount(drawn, minlength=6) / n
+        assert (share - torch.softmax(logits[0] / temperature, -1)).abs().max() < 2 / n
+    assert pick(logits, torch.tensor([0.99]), 0).tolist() == [2]    # greedy whatever the uniform
+    assert pick(torch.tensor([[-math.inf, 0.0, 0.0]]), torch.tensor([0.0]), 1.0).tolist() == [1]      # never one of probability 0
+    assert pick(torch.tensor([[0.0, 0.0]]), torch.tensor([1 - 2**-53], dtype=torch.float64), 1.0).tolist() == [1]
+
+
+def test_a_large_vocabulary_is_drawn_evenly():
+    """Summed in float32, 150k probabilities would lose the tail; the tenths of the vocabulary must be drawn at the tenths."""
+    V = 150_000
+    drawn = pick(torch.zeros(1, V).expand(99, -1), torch.arange(1, 100, dtype=torch.float64) / 100, 1.0)
+    assert (drawn - torch.arange(1, 100) * V / 100).abs().max() <= 1
+
+
+def test_uniforms_are_seeded_by_what_they_are_for():
+    assert (uniforms((1, 2, 3), 5) == uniforms((1, 2, 3), 9)[:5]).all()         # a longer draw begins the same
+    assert len({uniforms(s, 1)[0] for s in ((1, 2, 3), (1, 3, 2), (1, 2), 1, (2, 2, 3))}) == 5
+
+
+@torch.no_grad()
+def naive(model, prompt, seed, n, temperature, stop_ids, stop=None, vocab=None):
+    """The definition: one row, no cache, one uniform per token. Returns tokens, logprobs, whether it stopped."""
+    out, logps, noise = [], [], uniforms(seed, n)
+    while len(out) < n and len(prompt) + len(out) < model.config.context:
+        logits = model(torch.tensor([prompt + out]))[0, -1, :vocab]
+        p = torch.softmax(logits.double() / (temperature or 1), -1)
+        token = logits.argmax().item() if temperature == 0 else int((p.cumsum(0) <= noise[len(out)] * p.sum()).sum())
+        out.append(token)
+        logps.append(p[token].log().item())
+        if token in stop_ids or (stop and stop(out)):
+            return out, logps, True
+    return out, logps, False
+
+
+PROMPTS = [tokens(n, seed=i).tolist() for i, n in enumerate([1, 9, 4, 1, 17, 2, 6, 6, 3, 11, 1, 5])]
+SEEDS = [(5, i) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 12, 100])
+@pytest.mark.parametrize("temperature", [0, 1.0, 1.7])
+def test_generate_equals_naive_sampling(batch_size, temperature):
+    """Whatever the batch: rows that finish early hand their slot on (small batches) or are dropped (large ones)."""
+    model, stop_ids = tiny(), tuple(range(0, 6))                    # several stop tokens: rows end at all sorts of times
+    out = generate(model, PROMPTS, max_new_tokens=14, seeds=SEEDS, temperature=temperature, stop_ids=stop_ids, batch_size=batch_size)
+    expected = [naive(model, p, s, 14, temperature, stop_ids) for p, s in zip(PROMPTS, SEEDS)]
+    assert [(s.tokens, s.stopped) for s in out] == [(t, stopped) for t, _, stopped in expected]
+    assert max(abs(a - b) for s, (_, logps, _) in zip(out, expected) for a, b in zip(s.logprobs, logps, strict=True)) < 1e-4
+    assert {s.stopped for s in out} == {True, False} and len({len(s.tokens) for s in out}) > 3
+
+
+def test_generate_ends_rows_for_each_reason():
+    model = tiny(context=20)
+    stop = lambda t: len(t) >= 2 and sum(t) % 5 == 0
+    out = generate(model, PROMPTS, max_new_tokens=6, seeds=SEEDS, stop_ids=(), stop=stop, vocab=40, batch_size=3)
+    assert [(s.tokens, s.stopped) for s in out] == [naive(model, p, s, 6, 1.0, (), stop, 40)[::2] for p, s in zip(PROMPTS, SEEDS)]
+    assert all(max(s.tokens) < 40 for s in out)                     # vocab: the rest of the logits are no tokens
+    lengths = [(len(p) + len(s.tokens), len(s.tokens), s.stopped) for p, s in zip(PROMPTS, out)]
+    assert any(whole == 20 and not stopped for whole, _, stopped in lengths)    # cut off by the context,
+    assert any(n == 6 and not stopped for _, n, stopped in lengths)            # by max_new_tokens,
+    assert any(stopped for *_, stopped in lengths)                              # or stopped
+    by_default = generate(model, PROMPTS, max_new_tokens=100, seeds=SEEDS)      # the default stop: end of document
+    assert all(s.stopped == (s.tokens[-1] == 0) and 0 not in s.tokens[:-1] for s in by_default) and any(s.stopped for s in by_default)
+
+
+def test_generate_in_bfloat16_and_under_autocast():
+    model = tiny()
+    exact = generate(model, PROMPTS, max_new_tokens=5, seeds=SEEDS, temperature=0, stop_ids=())
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = generate(model, PROMPTS, max_new_tokens=5, seeds=SEEDS, temperature=0, stop_ids=(), batch_size=4)
+    half = generate(model.bfloat16(), PROMPTS, max_new_tokens=5, seeds=SEEDS, temperature=0, stop_ids=(), batch_size=4)
+    for other in (auto, half):                                      # rounding may tip a near tie, not most of them
+        assert sum(a.tokens[0] == b.tokens[0] for a, b in zip(exact, other)) >= 10
+
+
+def test_generate_refuses_what_it_cannot_continue():
+    model = tiny(context=16)
+    assert generate(model, [], max_new_tokens=3, seeds=[]) == []
+    for prompt, size in (([], 0), ([1] * 16, 16)):
+        with pytest.raises(ValueError, match=f"prompt 1 has {size} tokens; between 1 and 15 fit"):
+            generate(model, [[1], prompt], max_new_tokens=3, seeds=[0, 1])
+    with pytest.raises(ValueError, match="2 prompts, but 1 seeds"):
+        generate(model, [[1], [2]], max_new_tokens=3, seeds=[0])
+    assert pad([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
