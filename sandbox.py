@@ -38,6 +38,7 @@ import ast
 import builtins
 import collections
 import ctypes
+import errno
 import fcntl
 import functools
 import gc
@@ -67,8 +68,9 @@ from typing import Iterable, Iterator
 MAX_MESSAGE = 16 << 20        # bytes of one value, or of one program's output; more is a "flood"
 MAX_JOB = 1 << 30             # bytes of one job: source and tests
 START_S = 60.0                # seconds that a worker may take to start, or to compile the (trusted) tests of a job
+WORKER_MB = 4096              # address space of a worker, which may have to import numpy
 GRACE_S = 2.0                 # seconds that a worker may be late after a program's deadline before it is replaced
-RETIRE_MB = 400               # a worker whose memory has peaked this far above its start is replaced after the job
+RETIRE_MB = 250               # a worker whose memory has peaked this far above its start is replaced after the job
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ class Asserts:
     source: the untrusted program.
     tests: trusted statements, all in one namespace.
     setup: trusted statements that run before them. The candidate gets the imports in it, and nothing else.
-    names: what the tests may use of the program. Give `tested_names(reference, tests)` where there is a reference
+    names: what the tests may use of the program. Give `names_under_test(reference, tests)` where there is a reference
         solution; when empty: the names in the tests that neither Python nor setup and tests define.
     timeout_s: wall seconds for the whole program; None: the sandbox's own.
     """
@@ -145,6 +147,8 @@ class Sandbox:
     """
 
     def __init__(self, workers: int | None = None, memory_mb: int = 512, timeout_s: float = 5.0):
+        if sys.platform != "linux":
+            raise RuntimeError(f"the sandbox needs Linux (seccomp); this is {sys.platform}")
         if workers is None:
             workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         for name, value, kinds in (("workers", workers, int), ("memory_mb", memory_mb, int), ("timeout_s", timeout_s, (int, float))):
@@ -152,16 +156,16 @@ class Sandbox:
                 raise ValueError(f"Sandbox: {name} must be a positive number, not {value!r}")
         self.memory_mb, self.timeout_s = memory_mb, timeout_s
         self._lock = threading.Lock()
-        self._pid = os.getpid()
         self._workers = []
+        _open_sandboxes.add(self)
         try:
-            self._workers = [_Worker(memory_mb) for _ in range(workers)]
+            for _ in range(workers):   # they start side by side
+                self._workers.append(_Worker(memory_mb))
             for worker in self._workers:
                 worker.wait_ready()
         except BaseException:
             self.close()
             raise
-        _open_sandboxes.add(self)
 
     def __enter__(self):
         return self
@@ -192,53 +196,48 @@ class Sandbox:
         try:
             yield from self._iter(jobs)
         finally:
-            for place, worker in enumerate(self._workers):    # left early: nobody waits for these answers
-                if worker.job is not None:
-                    self._replace(place)
+            for worker in list(self._workers):
+                if worker.task is not None:      # left early: nobody waits for this answer
+                    self._replace(worker)
             self._lock.release()
 
     def _iter(self, jobs):
-        waiting = enumerate(jobs)
-        again = collections.deque()        # jobs whose worker died, for their second try
-        done, next_out, tries = {}, 0, collections.Counter()
+        numbered, again = enumerate(jobs), collections.deque()     # `again`: tasks whose worker died
+        verdicts, next_out = {}, 0
         while True:
             for worker in self._workers:
-                if worker.job is None and waiting is not None:
-                    index, job = again.popleft() if again else next(waiting, (None, None))
-                    if index is None:
-                        waiting = None
-                        break
-                    worker.start_job(index, job, self._message(index, job))
-                elif worker.job is None and again:
-                    index, job = again.popleft()
-                    worker.start_job(index, job, self._message(index, job))
-            busy = [(place, worker) for place, worker in enumerate(self._workers) if worker.job is not None]
-            if busy:
-                self._wait([worker for _, worker in busy])
-            for place, worker in busy:
-                index, job = worker.job
-                try:
-                    verdict = worker.poll()
-                except EOFError:
-                    self._replace(place)
-                    tries[index] += 1
-                    if tries[index] == 1:
-                        again.append((index, job))
-                        continue
-                    verdict = Verdict(False, "crash", 0, _count(job), 0.0, "the worker died twice on this job")
-                except TimeoutError:
-                    self._replace(place)
-                    verdict = Verdict(False, "timeout", 0, _count(job), job.timeout_s or self.timeout_s,
-                                      "the tests were held up by a value that the program returned")
-                if verdict is not None:
-                    done[index] = verdict
-                    if worker.retire:
-                        self._replace(place)
-            while next_out in done:
-                yield done.pop(next_out)
-                next_out += 1
-            if waiting is None and not again and all(worker.job is None for worker in self._workers):
+                if worker.task is None and (task := again.popleft() if again else self._next_task(numbered)):
+                    worker.start(task)
+            busy = [worker for worker in self._workers if worker.task is not None]
+            if not busy:
                 return
+            for worker, can_read in self._wait(busy):
+                task = worker.task
+                try:
+                    verdict = worker.answer() if can_read else worker.check_deadline()
+                except EOFError:
+                    self._replace(worker)
+                    task.tries += 1
+                    if task.tries < 2:
+                        again.append(task)
+                        continue
+                    verdict = Verdict(False, "crash", 0, _count(task.job), 0.0, "the worker died twice on this job")
+                except TimeoutError:
+                    self._replace(worker)
+                    verdict = Verdict(False, "timeout", 0, _count(task.job), task.job.timeout_s or self.timeout_s,
+                                      "a value that the program returned held the tests up")
+                if verdict is not None:
+                    verdicts[task.index] = verdict
+                    if worker.retire:
+                        self._replace(worker)
+            while next_out in verdicts:
+                yield verdicts.pop(next_out)
+                next_out += 1
+
+    def _next_task(self, numbered):
+        for index, job in numbered:
+            return _Task(index, job, self._message(index, job))
+        return None
 
     def _message(self, index, job):
         """The job as JSON bytes. One clear sentence if a field has the wrong type."""
@@ -263,16 +262,33 @@ class Sandbox:
         return json.dumps({"kind": type(job).__name__, **fields}).encode()
 
     def _wait(self, busy):
-        """Returns when one of the busy workers has something to say or is too late."""
+        """Waits until one of the busy workers has an answer or is late; returns [(worker, whether it can be read)]."""
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker.socket, selectors.EVENT_READ)
-            selector.select(max(0.0, min(worker.deadline for worker in busy) - time.monotonic()))
+            first_deadline = min(worker.deadline for worker in busy)
+            ready = {key.fileobj for key, _ in selector.select(max(0.0, first_deadline - time.monotonic()))}
+        return [(worker, worker.socket in ready) for worker in busy]
 
-    def _replace(self, place):
-        self._workers[place].close()
-        self._workers[place] = _Worker(self.memory_mb)
-        self._workers[place].wait_ready()
+    def _replace(self, worker):
+        worker.close()
+        place = self._workers.index(worker)
+        for attempt in range(3):       # the new one may be killed as well
+            self._workers[place] = _Worker(self.memory_mb)
+            try:
+                return self._workers[place].wait_ready()
+            except RuntimeError:
+                self._workers[place].close()
+                if attempt == 2:
+                    raise
+
+
+@dataclass
+class _Task:
+    index: int
+    job: object
+    message: bytes
+    tries: int = 0
 
 
 def _count(job):
@@ -297,9 +313,9 @@ class _Worker:
     """The trainer's end of one worker process."""
 
     def __init__(self, memory_mb):
-        self.job = None                # (index, job) while it works
+        self.task = None               # the _Task it works on
         self.retire = False
-        self.deadline = time.monotonic() + START_S
+        self.deadline = 0.0
         # Nothing is ever written to the lifeline. When the trainer dies the kernel closes it, which kills the worker (see
         # `_hold_lifeline`). PDEATHSIG would do the same but for one trap: it fires when the *thread* that forked us ends.
         lifeline, self.lifeline = os.pipe()
@@ -326,30 +342,30 @@ class _Worker:
         if "error" in message:
             raise RuntimeError(message["error"])
 
-    def start_job(self, index, job, message):
-        self.job = (index, job)
+    def start(self, task):
+        self.task, self.retire = task, False
         self.deadline = time.monotonic() + START_S
         try:
-            _send(self.socket, message)
+            _send(self.socket, task.message)
         except OSError:
-            pass                       # it died: `poll` will see that
+            pass                       # it died: `answer` will see that
 
-    def poll(self):
-        """The verdict, or None if there is none yet. Raises EOFError if the worker died, TimeoutError if it is late."""
-        if not select.select([self.socket], [], [], 0)[0]:
-            if time.monotonic() > self.deadline:
-                raise TimeoutError
-            return None
+    def check_deadline(self):
+        if time.monotonic() > self.deadline:
+            raise TimeoutError
+
+    def answer(self):
+        """The verdict, or None if this was not it yet. Raises EOFError if the worker died, ValueError for a job that is wrong."""
         try:
             message = json.loads(_receive(self.socket, MAX_JOB))
-        except OSError:
+        except ConnectionError:
             raise EOFError from None
         if "clock" in message:         # tests compiled, the program starts: from here on the job's own limit holds
             self.deadline = time.monotonic() + message["clock"] + GRACE_S
             return None
-        index, self.job = self.job[0], None
+        task, self.task = self.task, None
         if "invalid" in message:
-            raise ValueError(f"job {index}: {message['invalid']}")
+            raise ValueError(f"job {task.index}: {message['invalid']}")
         self.retire = message["retire"]
         return Verdict(*message["verdict"])
 
@@ -358,7 +374,7 @@ class _Worker:
         os.close(self.lifeline)
 
     def close(self):
-        if self.job is None:
+        if self.task is None:
             self.socket.close()        # the worker reads the end of its jobs, and ends in order
             try:
                 self.process.wait(2)
@@ -435,8 +451,8 @@ def pack(value, classes=()) -> dict:
             return {"dict": [[walk(key), walk(item)] for key, item in value.items()]}
         if kind.__name__ in _SEQUENCES and kind is _SEQUENCES[kind.__name__]:
             return {kind.__name__: [walk(item) for item in value]}
-        if kind is bytes:
-            return {"bytes": value.hex()}
+        if kind is bytes or kind is bytearray:
+            return {kind.__name__: value.hex()}
         if kind is complex:
             return {"complex": [value.real, value.imag]}
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
@@ -481,8 +497,8 @@ def unpack(packed: dict, classes=None, names=None):
             return _SEQUENCES[tag](build(part) for part in body)
         if tag == "int":
             return int(body, 16)
-        if tag == "bytes":
-            return bytes.fromhex(body)
+        if tag in ("bytes", "bytearray"):
+            return (bytes if tag == "bytes" else bytearray).fromhex(body)
         if tag == "complex":
             return complex(*body)
         if tag == "record":
@@ -552,10 +568,10 @@ class _Program:
             self.note(Fault("timeout", f"no answer after {self.deadline - self.started:g} s"))
         except (EOFError, ConnectionError):
             self.note(_fault_of_status(*self.reap()))
-        except (ValueError, RecursionError, MemoryError, TypeError) as error:
-            self.note(Fault("protocol", _line(error)))
         except Fault as fault:
             self.note(fault)
+        except Exception as error:     # not JSON, too deep, too large a number ...
+            self.note(Fault("protocol", _line(error)))
         return answer
 
     def load(self, job, classes):
@@ -574,7 +590,7 @@ class _Program:
             self._raise(answer["error"])
         try:
             return unpack(answer, self.classes)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, MemoryError) as error:
+        except Exception as error:
             self.note(Fault("protocol", _line(error)))
 
     def _raise(self, error, forgivable=True):
@@ -588,8 +604,7 @@ class _Program:
         except (ValueError, TypeError, AttributeError) as broken:
             self.note(Fault("protocol", _line(broken)))
         if not forgivable or kind != "exception" or not issubclass(cls, Exception):
-            kind = kind if kind in ("syntax", "memory", "forbidden call", "protocol") else "exception"
-            self.note(Fault(kind, _line(text)))
+            self.note(Fault(kind if kind in ("syntax", "memory", "forbidden call") else "exception", _line(f"{name}: {text}")))
         try:
             self.raised = cls(text)
         except TypeError:              # UnicodeDecodeError and its like need more than a text
@@ -610,7 +625,7 @@ def _fault_of_status(status, peak_mb):
     if not os.WIFSIGNALED(status):
         return Fault("crash", f"the process exited with status {os.waitstatus_to_exitcode(status)} before it had answered")
     number = os.WTERMSIG(status)
-    kind = {signal.SIGXCPU: "timeout", signal.SIGSYS: "forbidden call", signal.SIGKILL: "memory"}.get(number, "crash")
+    kind = {signal.SIGXCPU: "timeout", signal.SIGSYS: "forbidden call"}.get(number, "crash")
     return Fault(kind, f"the process was killed by {signal.Signals(number).name}, using {peak_mb:.0f} MB")
 
 
@@ -628,6 +643,8 @@ def _worker_main(memory_mb, lifeline, paths):
         os.dup2(null, standard)        # tests may print: not into our messages
     os.close(null)
     _hold_lifeline(lifeline)
+    sys.path += [path for path in paths if path not in sys.path]    # tests may import numpy; our own modules come first
+    _set_limit(resource.RLIMIT_AS, max(WORKER_MB, 2 * memory_mb) << 20)    # `[0] * candidate()` in a test
     try:
         seccomp = build_filter(platform.machine())
         _warm_up()
@@ -637,7 +654,6 @@ def _worker_main(memory_mb, lifeline, paths):
         _send(trainer, json.dumps({"error": f"the sandbox cannot work here: {_line(error)}"}).encode())
         return
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    sys.path += [path for path in paths if path not in sys.path]    # for the tests; the zygote has been forked
     runner = _Runner(trainer, zygote)
     signal.signal(signal.SIGALRM, runner.on_alarm)
     start_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -761,11 +777,10 @@ class _Runner:
         elif failure is program.raised:
             kind, detail = "exception", _line(failure)
         else:
-            kind, detail = "wrong answer", _where(failure, job)
+            kind, detail = "wrong answer", _where(failure, job, passed)
         seconds = time.monotonic() - program.started
-        if fault is None or fault.kind != "crash":
-            pass
         program.reap()
+        sys.modules.pop("tests").__dict__.clear()      # what the program returned may be large
         return Verdict(kind == "passed", kind, passed, total, seconds, detail)
 
     def stdio(self, job):
@@ -804,7 +819,7 @@ class _Runner:
             if os.fstat(stdout).st_size >= MAX_MESSAGE:
                 return "flood", f"more than {MAX_MESSAGE >> 20} MB on stdout"
             if error is not None and len(error) == 3:
-                return error[0] if error[0] in ("syntax", "memory", "forbidden call") else "exception", _line(error[2])
+                return error[0] if error[0] in ("syntax", "memory", "forbidden call") else "exception", _line(": ".join(error[1:]))
             if os.WIFSIGNALED(status):
                 fault = _fault_of_status(status, peak_mb)
                 return fault.kind, fault.detail
@@ -852,7 +867,7 @@ def _bound_names(tree):
     return names
 
 
-def tested_names(reference: str, tests: Iterable[str]) -> tuple[str, ...]:
+def names_under_test(reference: str, tests: Iterable[str]) -> tuple[str, ...]:
     """The names that `reference` (trusted!) defines at its top level and `tests` use: `Asserts.names` for its problem."""
     defined = set()
     for node in ast.parse(reference).body:
@@ -868,13 +883,12 @@ def _classes_of(space):
     return {name: value for name, value in space.items() if isinstance(value, type) and value.__module__ == "tests"}
 
 
-def _where(failure, job):
+def _where(failure, job, place):
     """The error, and the line of the tests that raised it."""
-    lines = [frame.lineno for frame in traceback.extract_tb(failure.__traceback__) if frame.filename == "<test>"]
-    text = ""
-    if lines and job["kind"] == "Check":
-        text = job["test"].splitlines()[lines[0 if len(lines) == 1 else 1 if False else 0] - 1]
-    return _line(f"{_line(failure, 120)} in: {text.strip()}" if text else failure)
+    test = job["test"] if job["kind"] == "Check" else job["tests"][place] if place < len(job["tests"]) else ""
+    numbers = [frame.lineno for frame in traceback.extract_tb(failure.__traceback__) if frame.filename == "<test>"]
+    text = test.splitlines()[numbers[0] - 1].strip() if numbers else ""
+    return _line(f"{_line(failure, 100).rstrip(': ')} in: {text}" if text else failure)
 
 
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
@@ -907,16 +921,17 @@ def _difference(printed, expected):
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 libc = ctypes.CDLL(None, use_errno=True)
 
-# What a program may import: no file can be opened later.
+# What a program may import: no file can be opened later. sortedcontainers where it is installed: judges have it.
 MODULES = """
     abc argparse array ast base64 binascii bisect calendar cmath codecs collections collections.abc colorsys
     concurrent.futures.thread contextlib contextvars copy copyreg csv dataclasses datetime decimal difflib dis enum errno
     fractions functools graphlib hashlib heapq hmac html inspect io ipaddress itertools json keyword linecache locale
-    logging math numbers operator os pathlib pickle pprint queue random re reprlib secrets select shlex signal socket stat
+    logging math mmap numbers operator os pathlib pickle pprint queue random re reprlib resource secrets select shlex signal socket stat
     statistics string struct subprocess tempfile textwrap threading time timeit token tokenize traceback types typing
     unicodedata unittest uuid warnings weakref zlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16
     encodings.utf_32 encodings.cp1252 encodings.idna encodings.hex_codec encodings.rot_13 encodings.raw_unicode_escape
     encodings.unicode_escape encodings.punycode encodings.utf_8_sig encodings.cp437
+    sortedcontainers
 """.split()
 
 
@@ -1004,9 +1019,7 @@ def _candidate(zygote, fds, timeout_s, address_space, seccomp):
     limits = {resource.RLIMIT_AS: address_space, resource.RLIMIT_CPU: cpu, resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64,
               resource.RLIMIT_FSIZE: MAX_MESSAGE if files else 0}
     for limit, value in limits.items():
-        hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
+        _set_limit(limit, value)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, seccomp, 0, 0):
         os._exit(1)
@@ -1016,6 +1029,12 @@ def _candidate(zygote, fds, timeout_s, address_space, seccomp):
         _run_script(sock, request["source"])
     else:
         _serve_calls(sock, request)
+
+
+def _set_limit(limit, value):
+    hard = resource.getrlimit(limit)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(limit, (value, value))
 
 
 class _Channel:
@@ -1034,19 +1053,16 @@ def _describe(error, kind="exception"):
     """[kind, nearest builtin exception class, text]: what the worker is told of an exception."""
     if isinstance(error, MemoryError):
         kind = "memory"
-    elif isinstance(error, PermissionError) and error.errno == errno_EPERM:
+    elif isinstance(error, PermissionError) and error.errno == errno.EPERM:
         kind = "forbidden call"
     for cls in type(error).__mro__:
         if cls.__module__ == "builtins":
             break
     try:
-        text = f"{type(error).__name__}: {error}" if kind != "exception" else str(error)
+        text = str(error)
     except BaseException:
         text = ""
     return [kind, cls.__name__, text[:10_000]]
-
-
-errno_EPERM = 1
 
 
 def _run_program(source, space):
@@ -1071,17 +1087,17 @@ def _serve_calls(sock, request):
         source, prelude = prelude + "\n" + source if not prelude.endswith("\n") else prelude + source, ""
     error = _run_program(prelude, space) if prelude else None
     error = error or _run_program(source, space)
-    answer = {"error": error} if error else {}
-    names = functools.lru_cache(None)(lambda name: eval(name, space))    # `Solution()` is made once, as in check(Solution().f)
+    answer = json.dumps({"error": error, "ticket": request["ticket"]} if error else {"ticket": request["ticket"]})
+    find = functools.cache(lambda name: eval(name, space))    # `Solution()` is made once, as in check(Solution().f)
     while True:
-        answer["ticket"] = request["ticket"]
-        _send(sock, json.dumps(answer).encode())
+        _send(sock, answer.encode())
         request = json.loads(_receive(sock, MAX_JOB))
+        ticket = {"ticket": request["ticket"]}
         try:
-            args, kwargs = unpack(request, space, names)
-            answer = pack(names(request["call"])(*args, **kwargs), classes)
+            args, kwargs = unpack(request, space, find)
+            answer = json.dumps({**pack(find(request["call"])(*args, **kwargs), classes), **ticket})
         except BaseException as error:
-            answer = {"error": _describe(error)}
+            answer = json.dumps({"error": _describe(error), **ticket})
 
 
 def _run_script(sock, source):
@@ -1110,7 +1126,6 @@ def _run_script(sock, source):
     except BaseException as problem:
         error = error or _describe(problem)
     if error is not None:
-        error[2] = f"{error[1]}: {error[2]}"
         _send(sock, json.dumps({"error": error}).encode())
         status = 1
     os._exit(status & 255)

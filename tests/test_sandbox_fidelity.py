@@ -18,7 +18,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from sandbox import Asserts, Check, Sandbox, Stdio, tested_names  # noqa: E402
+from sandbox import Asserts, Check, Sandbox, Stdio, names_under_test  # noqa: E402
 
 DATA = HERE.parent.parent / "shared" / "data"
 
@@ -32,11 +32,11 @@ def humaneval(row):
 def mbpp(row):
     tests = tuple(row["test_list"])
     setup = row["test_setup_code"]
-    return Asserts(row["code"], tests, setup, tested_names(row["code"], (setup, *tests)))
+    return Asserts(row["code"], tests, setup, names_under_test(row["code"], (setup, *tests)))
 
 
 def mbpp_plus(row):
-    return Asserts(row["code"], (row["test"],), "\n".join(row["test_imports"]), tested_names(row["code"], (row["test"],)))
+    return Asserts(row["code"], (row["test"],), "\n".join(row["test_imports"]), names_under_test(row["code"], (row["test"],)))
 
 
 def leetcode(row):

@@ -1,0 +1,451 @@
+"""The sandbox as a library: kinds of job, verdicts, values that travel, bad input, and crashes of our own side."""
+
+import json
+import math
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from sandbox import Asserts, Check, Sandbox, Stdio, names_under_test, pack, same_output, unpack  # noqa: E402
+
+ADD = Asserts("def add(a, b): return a + b", ("assert add(1, 2) == 3", "assert add(2, 2) == 4", "assert add('a', 'b') == 'ab'"))
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(workers=2, timeout_s=5) as sandbox:
+        yield sandbox
+
+
+def verdict_of(sandbox, *args, kind=Asserts, **fields):
+    return sandbox.run([kind(*args, **fields)])[0]
+
+
+# ---- the three kinds of job ----
+
+def test_tests_passed_counts_up_to_the_first_failure(sandbox):
+    source = "def add(a, b): return a + b if a < 2 else 0"
+    tests = (*ADD.tests, "assert add(1, 1) == 2")
+    verdict = verdict_of(sandbox, source, tests)
+    assert (verdict.passed, verdict.kind, verdict.tests_passed, verdict.tests) == (False, "wrong answer", 1, 4)
+    assert "assert add(2, 2) == 4" in verdict.detail
+
+
+def test_order_is_kept_and_jobs_are_read_lazily(sandbox):
+    read = []
+
+    def jobs():
+        for number in range(40):
+            read.append(number)
+            time_s = random.Random(number).random() * 0.02
+            yield Asserts(f"import time\ntime.sleep({time_s})\ndef f(): return {number}", (f"assert f() == {number}",) * (number + 1))
+
+    verdicts = sandbox.iter(jobs())
+    first = next(verdicts)
+    assert first.tests == 1 and len(read) < 40
+    assert [verdict.tests for verdict in verdicts] == list(range(2, 41)) and len(read) == 40
+
+
+def test_a_check_runs_its_prompt_on_both_sides(sandbox):
+    prompt = "import math\n\ndef helper(x):\n    return x + 1\n\ndef f(x):\n    '''Adds.'''\n"
+    test = "def check(candidate):\n    assert candidate(1) == helper(1)\n    assert math.isclose(candidate(1), 2.0)\n"
+    for source in ("    return helper(x)\n", "\n\n    y = math.floor(x)\n    return y + 1", "def f(x):\n    return helper(x)\n", prompt + "    return 1 + x"):
+        verdict = verdict_of(sandbox, source, test, "f", prompt, kind=Check)
+        assert verdict.passed, (source, verdict)
+
+
+def test_an_entry_point_may_be_a_method_and_keeps_its_instance(sandbox):
+    source = "class Solution:\n    n = 0\n    def next(self):\n        self.n += 1\n        return self.n"
+    test = "def check(candidate):\n    assert [candidate(), candidate()] == [1, 2]"
+    assert verdict_of(sandbox, source, test, "Solution().next", kind=Check).passed
+
+
+NODE = "class Node:\n    def __init__(self, value, next=None):\n        self.value, self.next = value, next\n"
+
+
+def test_classes_of_the_prompt_travel_as_records(sandbox):
+    source = NODE + "def f(node):\n    back = None\n    while node:\n        back, node = Node(node.value, back), node.next\n    return back"
+    test = """
+def check(candidate):
+    nodes = None
+    for value in range(3000):
+        nodes = Node(value, nodes)
+    back = candidate(nodes)
+    for value in range(3000):
+        assert type(back) is Node and back.value == value
+        back = back.next
+    ring = Node(1)
+    ring.next = Node(2)
+    assert back is None
+"""
+    for prelude in (NODE, "from dataclasses import dataclass\n" + NODE):
+        assert verdict_of(sandbox, source, test, "f", prelude, kind=Check).passed
+
+
+def test_a_class_that_only_the_program_knows_does_not_travel(sandbox):
+    source = "class Yes:\n    def __eq__(self, other): return True\ndef f(): return Yes()"
+    assert verdict_of(sandbox, source, ("assert f() == 1",)).kind == "exception"
+
+
+def test_set_up_code_runs_beside_the_tests_and_only_its_imports_reach_the_program(sandbox):
+    setup = "import math\nsecret = 41\n"
+    assert verdict_of(sandbox, "def f(): return math.floor(3.5)", ("assert f() == 3",), setup).passed
+    assert verdict_of(sandbox, "def f(): return secret", ("assert f() == 41",), setup).kind == "exception"
+    assert verdict_of(sandbox, "def f(): return 42", ("assert f() == secret + 1", "assert math.pi > 3"), setup).passed
+
+
+def test_mbpp_tests_may_use_a_module_that_only_the_program_imports(sandbox):
+    assert verdict_of(sandbox, "import math\ndef f(): return 2 ** 0.5", ("assert math.isclose(f(), 1.4142135623730951)",)).passed
+
+
+def test_a_problem_may_be_about_a_name_of_python(sandbox):
+    reference, tests = "def sum(a, b):\n    return a + b\n", ("assert sum(10, 15) == 25",)
+    assert names_under_test(reference, tests) == ("sum",)
+    assert verdict_of(sandbox, reference, tests, "", ("sum",)).passed
+    assert not verdict_of(sandbox, reference, tests).passed      # without names, `sum` is Python's
+
+
+def test_a_function_of_the_program_can_be_an_argument(sandbox):
+    source = "def twice(f, x): return f(f(x))\ndef inc(x): return x + 1"
+    assert verdict_of(sandbox, source, ("assert twice(inc, 1) == 3", "assert twice(str, 1) == '1'")).passed
+
+
+def test_expected_exceptions(sandbox):
+    test = "def check(candidate):\n    try:\n        candidate(-1)\n    except ValueError as error:\n        assert 'negative' in str(error)\n    else:\n        assert False\n"
+    assert verdict_of(sandbox, "class Mine(ValueError): pass\ndef f(x): raise Mine('negative')", test, "f", kind=Check).passed
+    assert verdict_of(sandbox, "def f(x): raise KeyError('negative')", test, "f", kind=Check).kind == "exception"
+    assert verdict_of(sandbox, "def f(x): return 1", test, "f", kind=Check).kind == "wrong answer"
+
+
+@pytest.mark.parametrize("source", [
+    "print(int(input()) + 1)",
+    "import sys\nfor line in sys.stdin: sys.stdout.write(str(int(line) + 1))",
+    "import os\nprint(int(os.read(0, os.fstat(0).st_size)) + 1)",
+    "import sys, threading\nthreading.Thread(target=lambda: print(int(input()) + 1)).start()",
+    "import atexit, io, sys\nout = io.StringIO()\natexit.register(lambda: sys.__stdout__.write(out.getvalue()))\nout.write(str(int(input()) + 1))",
+    "import io, os, sys\ninput = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\nsys.stdout.write(str(int(input()) + 1))\nsys.exit(0)",
+    "def main():\n    print(int(input()) + 1)\nif __name__ == '__main__':\n    main()\n    exit()",
+    "import os\nprint(int(open(0).read()) + 1, flush=True)\nos._exit(0)",
+    "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nprint(A(int(input())).x + 1)",
+])
+def test_scripts_in_the_styles_of_contests(sandbox, source):
+    verdict = verdict_of(sandbox, source, (("1\n", "2\n"), ("41\n", "42")), kind=Stdio)
+    assert verdict.passed and verdict.tests_passed == 2, verdict
+    assert verdict_of(sandbox, source, (("1\n", "2\n"), ("41\n", "43")), kind=Stdio).tests_passed == 1
+
+
+def test_output_is_compared_by_token_with_a_tolerance_for_floats_only():
+    assert same_output("1  2\n3", "1 2 3\n")
+    assert same_output("0.3333333", "0.33333333333") and same_output("3", "3.0") and same_output("1e3", "1000.0")
+    for printed, expected in (("1000000007", "1000000008"), ("1.0", "1"), ("nan", "1.5"), ("inf", "1.5"), ("1e999", "1.5"), ("1 2", "1"),
+                              ("", "1"), ("YES", "yes"), ("0.34", "0.33"), ("1_0.0", "10.0"), ("1.2.3", "1.2.4"), ("x" * 10**6, "1.5")):
+        assert not same_output(printed, expected), (printed, expected)
+
+
+# ---- values ----
+
+VALUES = [None, True, 0, -1, 2**63, -2**200, 10**5000, 1.5, float("inf"), -0.0, 1e-320, 1 + 2j, "", "é\udcff\0", b"\xff", [], [1, [2, [3]]], (), (1,), ((),),
+          set(), {1, (2, 3)}, frozenset({"a"}), {}, {1: 2, (3,): [4], None: {}, True: "x"}, {"tuple": [1]}, {"int": "0x1"}, [{"value": 1}], int, ValueError, print.__class__]
+
+
+@pytest.mark.parametrize("value", VALUES[:-1], ids=lambda value: repr(value)[:30] if not isinstance(value, int) else type(value).__name__)
+def test_plain_values_survive_the_journey(value):
+    back = unpack(json.loads(json.dumps(pack(value))))
+    assert back == value and type(back) is type(value)
+    assert repr(back)[:4000] == repr(value)[:4000] if not isinstance(value, int) else True
+
+
+def test_nan_survives_the_journey():
+    assert math.isnan(unpack(json.loads(json.dumps(pack(float("nan"))))))
+
+
+@pytest.mark.parametrize("value", [print, object(), VALUES[-1], iter([]), range(3), (x for x in []), lambda: 0, math, Exception("x"), [object()], {1: print}])
+def test_other_objects_do_not_travel(value):
+    with pytest.raises(TypeError, match="not a plain value"):
+        pack(value)
+
+
+def test_subclasses_become_plain_values():
+    import collections
+    import enum
+
+    class Text(str):
+        def __str__(self): return "lie"
+
+    Color = enum.IntEnum("Color", "RED")
+    Point = collections.namedtuple("Point", "x y")
+    for value, plain in ((Text("a"), "a"), (Color.RED, 1), (Point(1, 2), (1, 2)), (collections.Counter("aab"), {"a": 2, "b": 1}), (bytearray(b"a"), b"a")):
+        back = unpack(json.loads(json.dumps(pack(value))))
+        assert back == plain and type(back) in (str, int, tuple, dict, bytes, bytearray)
+
+
+@pytest.mark.parametrize("packed", [
+    {}, {"value": 1}, [], {"value": {"tuple": 1}, "records": []}, {"value": {"set": [[1]]}, "records": []}, {"value": {"exec": "x"}, "records": []},
+    {"value": {"type": "print"}, "records": []}, {"value": {"name": "x"}, "records": []}, {"value": {"int": "zz"}, "records": []}, {"value": {}, "records": []},
+    {"value": {"tuple": [], "set": []}, "records": []}, {"value": {"record": 0}, "records": [["Sandbox", {}]]}, {"value": {"record": 5}, "records": []},
+    {"value": {"dict": [[1]]}, "records": []}, {"value": {"bytes": "x"}, "records": []},
+])
+def test_what_is_no_value_is_refused(packed):
+    with pytest.raises((ValueError, TypeError, KeyError, AttributeError, IndexError)):
+        unpack(packed)
+
+
+# ---- bad input ----
+
+@pytest.mark.parametrize("fields, message", [
+    ({"workers": 0}, "workers must be"), ({"workers": 1.5}, "workers must be"), ({"timeout_s": -1}, "timeout_s must be"), ({"memory_mb": "1"}, "memory_mb must be"),
+])
+def test_a_bad_setting_gets_one_sentence(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Sandbox(**fields)
+
+
+@pytest.mark.parametrize("job, error, message", [
+    ("source", TypeError, "job 1 is a str"),
+    (Asserts(None, ("assert f()",)), TypeError, "job 1: Asserts.source cannot be None"),
+    (Asserts("x = 1", "assert f()"), TypeError, "Asserts.tests cannot be"),
+    (Stdio("x = 1", (("1", 2),)), TypeError, "Stdio.cases cannot be"),
+    (Stdio("x = 1", ()), ValueError, "no tests"),
+    (Asserts("x = 1", ()), ValueError, "no tests"),
+    (Asserts("x = 1", ("assert (",)), ValueError, "job 1: its tests fail before they call the candidate: SyntaxError"),
+    (Check("x = 1", "import not_there", "f"), ValueError, "No module named 'not_there'"),
+    (Check("x = 1", "def chekc(candidate): pass", "f"), ValueError, "KeyError: 'check'"),
+    (Asserts("x = 1", ("assert f()",), timeout_s=0), TypeError, "Asserts.timeout_s cannot be 0"),
+])
+def test_a_bad_job_gets_one_sentence(sandbox, job, error, message):
+    with pytest.raises(error, match=message):
+        sandbox.run([ADD, job, ADD])
+    assert sandbox.run([ADD])[0].passed
+
+
+def test_a_closed_or_busy_sandbox_says_so():
+    with Sandbox(workers=1) as sandbox:
+        verdicts = sandbox.iter([ADD] * 3)
+        next(verdicts)
+        with pytest.raises(RuntimeError, match="one per thread"):
+            sandbox.run([ADD])
+        verdicts.close()
+        assert sandbox.run([ADD])[0].passed
+    with pytest.raises(RuntimeError, match="closed"):
+        sandbox.run([ADD])
+    sandbox.close()
+
+
+def test_without_seccomp_nothing_runs(tmp_path):
+    """Fail closed: the same file, with a filter that the kernel refuses, then with one that allows everything."""
+    code = (ROOT / "sandbox.py").read_text()
+    use = "import sandbox\ntry:\n    sandbox.Sandbox(workers=1)\nexcept RuntimeError as error:\n    print('refused:', error)\n"
+    (tmp_path / "use.py").write_text(use)
+    for old, new in (("PR_SET_SECCOMP, 2, seccomp", "PR_SET_SECCOMP, 77, seccomp"), ("(RETURN, 0, 0, ERRNO | 1)]", "(RETURN, 0, 0, ALLOW)]")):
+        assert code.count(old) == 1
+        (tmp_path / "sandbox.py").write_text(code.replace(old, new))
+        printed = subprocess.run([sys.executable, tmp_path / "use.py"], capture_output=True, text=True, timeout=60).stdout
+        assert printed.startswith("refused: the sandbox cannot work here"), printed
+
+
+# ---- crashes of our own side ----
+
+def descendants(pid):
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            found = [int(child) for child in file.read().split()]
+    except OSError:
+        return []
+    return found + [pid for child in found for pid in descendants(child)]
+
+
+def alive(pids):
+    def running(pid):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+        except OSError:
+            return False
+    return [pid for pid in pids if running(pid)]
+
+
+def wait_until_gone(pids, seconds=20):
+    end = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not alive(pids)
+
+
+SLEEPER = Asserts("import time\ndef f():\n    time.sleep(0.7)\n    return 1", ("assert f() == 1",), timeout_s=10)
+
+
+@pytest.mark.parametrize("victim", ["worker", "zygote", "candidate"])
+@pytest.mark.parametrize("when", ["idle", "busy", "twice"])
+def test_a_killed_process_costs_at_most_a_retry(victim, when):
+    with Sandbox(workers=1) as sandbox:
+        everything = set()
+
+        def pid_of_victim():
+            while True:
+                worker = sandbox._workers[0].process.pid
+                below = descendants(worker)
+                everything.update([worker, *below])
+                if victim == "worker" and (when == "idle" or len(below) == 2):
+                    return worker
+                if victim == "zygote" and below and (when == "idle" or len(below) == 2):
+                    return below[0]
+                if victim == "candidate" and len(below) == 2:
+                    return below[1]
+                time.sleep(0.01)
+
+        def kill():
+            killed = set()
+            for _ in range(2 if when == "twice" else 1):
+                while (pid := pid_of_victim()) in killed:
+                    time.sleep(0.01)
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+
+        if when == "idle":
+            if victim == "candidate":
+                pytest.skip("an idle sandbox has no candidate")
+            kill()
+            verdicts = sandbox.run([ADD, ADD])
+        else:
+            jobs = [SLEEPER, SLEEPER, ADD] if victim == "candidate" and when == "twice" else [SLEEPER, ADD]
+            killer = threading.Thread(target=kill)
+            killer.start()
+            verdicts = sandbox.run(jobs)
+            killer.join()
+        first, last = verdicts[0], verdicts[-1]
+        assert last.passed
+        # a candidate's death is its own; a worker's or zygote's is ours: the job is tried again, once
+        if victim == "candidate":
+            assert first.kind == "crash", first
+        elif when == "twice":
+            assert first.kind in ("crash", "passed"), first     # passed if the second kill met a worker that was starting
+        else:
+            assert first.kind == "passed", first
+    assert wait_until_gone(everything)
+
+
+TRAINER = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from sandbox import Asserts, Sandbox
+if __name__ == "__main__":
+    sandbox = Sandbox(workers=2)
+    if {fork}:
+        if os.fork() == 0:                      # such as a data loader: outlives us, must not keep the workers
+            time.sleep(30)
+            os._exit(0)
+    print(*[worker.process.pid for worker in sandbox._workers], flush=True)
+    sandbox.run([
+        Asserts("def f():\\n    while True: pass", ("assert f()",), timeout_s=100),
+        Asserts("def f(): return 10 ** 13", ("assert sum(range(f()))",), timeout_s=100),
+    ])
+"""
+
+
+@pytest.mark.parametrize("fork", [False, True])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_survives_the_trainer(how, fork):
+    """Even while a test holds the worker's interpreter, so that no Python of ours can run there."""
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER.format(root=str(ROOT), fork=fork)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        end = time.monotonic() + 20
+        while time.monotonic() < end and len([pid for worker in workers for pid in descendants(worker)]) < 4:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        others = [pid for pid in descendants(trainer.pid) if pid not in workers and pid not in [pid for worker in workers for pid in descendants(worker)]]
+        everything = workers + [pid for worker in workers for pid in descendants(worker)]
+        assert len(everything) == 6 and alive(everything) == everything
+        trainer.send_signal(how)
+        trainer.wait(20)
+        assert wait_until_gone(everything)
+        assert len(alive(others)) == fork
+        for pid in others:
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        trainer.kill()
+        trainer.stdout.close()
+
+
+def test_a_value_that_holds_the_worker_up_costs_only_its_own_verdict(sandbox):
+    nasty = Asserts("def f(): return 10 ** 13", ("assert sum(range(f())) == 1",), timeout_s=0.5)
+    slow_test = Asserts("def f(): return 10 ** 13", ("while f(): pass",), timeout_s=0.5)
+    swallow = Check("def f(): return 1", "def check(candidate):\n    while True:\n        try:\n            while candidate(): pass\n        except: pass\n", "f", timeout_s=0.5)
+    verdicts = sandbox.run([nasty, ADD, slow_test, ADD, swallow, ADD])
+    assert [verdict.kind for verdict in verdicts] == ["timeout", "passed"] * 3
+
+
+def test_a_test_that_a_value_makes_huge_runs_out_of_memory_not_the_machine(sandbox):
+    verdicts = sandbox.run([Asserts("def f(): return 10 ** 10", ("assert [0] * f() == 1",)), ADD])
+    assert [verdict.passed for verdict in verdicts] == [False, True] and "MemoryError" in verdicts[0].detail
+
+
+def test_a_worker_gives_its_memory_back():
+    big = Asserts("def f(): return list(range(10 ** 6))", ("kept = [f() for _ in range(5)]", "assert sum(map(len, kept)) == 5 * 10 ** 6", "assert 0"), timeout_s=30)
+    with Sandbox(workers=1) as sandbox:
+        assert sandbox.run([big])[0].tests_passed == 2
+        assert sandbox.run([ADD])[0].passed
+        with open(f"/proc/{sandbox._workers[0].process.pid}/statm") as file:
+            assert int(file.read().split()[1]) * 4096 < 200 << 20
+
+
+def test_leaving_early_does_not_mix_up_the_next_answers(sandbox):
+    for verdict in sandbox.iter([ADD, SLEEPER, SLEEPER, SLEEPER]):
+        break
+    assert [verdict.tests for verdict in sandbox.run([ADD, ADD])] == [3, 3]
+
+
+def test_the_thread_that_opened_a_sandbox_may_end():
+    opened = []
+    thread = threading.Thread(target=lambda: opened.append(Sandbox(workers=1)))
+    thread.start()
+    thread.join()
+    with opened[0] as sandbox:
+        before = sandbox._workers[0].process.pid
+        assert sandbox.run([ADD])[0].passed and sandbox._workers[0].process.pid == before
+
+
+def test_a_fork_cannot_use_its_parents_sandbox(sandbox):
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            sandbox.run([ADD])
+        except RuntimeError as error:
+            status = 0 if "another process" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert sandbox.run([ADD])[0].passed
+
+
+def test_nothing_is_left_after_close():
+    with Sandbox(workers=2) as sandbox:
+        pids = [pid for worker in sandbox._workers for pid in (worker.process.pid, *descendants(worker.process.pid))]
+        assert len(pids) == 4
+    assert wait_until_gone(pids)
+
+
+def test_random_programs_of_broken_bytes_never_pass_and_never_hang(sandbox):
+    """Fuzz: an honest program with random characters changed, and random bytes on the channel."""
+    draw = random.Random(7)
+    honest = "import os\ndef add(a, b):\n    return a + b - 1\n"
+    jobs = []
+    for _ in range(60):
+        text = list(honest)
+        for _ in range(3):
+            text[draw.randrange(len(text))] = chr(draw.choice([draw.randrange(128), draw.randrange(0x110000)]))
+        jobs.append(Asserts("".join(text), ("assert add(1, 2) == 3.5",), timeout_s=1))
+        noise = bytes([0, 0, 0, draw.randrange(60)]) + bytes(draw.randrange(256) for _ in range(40))
+        jobs.append(Asserts(f"import os\ndef add(a, b):\n    os.write(3, {noise!r})\n    return 3", ("assert add(1, 2) == 3.5",), timeout_s=1))
+    assert not any(verdict.passed for verdict in sandbox.run(jobs))
