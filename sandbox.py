@@ -729,7 +729,7 @@ class _Runner:
         try:
             setup = _compile(job["setup"], "<setup>")
             tests = [_compile(test, "<test>") for test in job["tests"]]
-            imports, modules, free = _analyse(job["setup"], tuple(job["tests"]))
+            imports, guarded, modules, free = _analyse(job["setup"], tuple(job["tests"]))
             names = tuple(job["names"]) or free
             space = self.namespace()
             space.update({name: importlib.import_module(name) for name in modules if name not in names})
@@ -738,7 +738,7 @@ class _Runner:
             raise InvalidJob(f"its tests fail before they call the candidate: {_line(error)}") from None
 
         def steps(program):
-            program.load({"prelude": imports, "source": job["source"]}, {})
+            program.load({"prelude": guarded, "source": job["source"]}, {})
             space.update({name: Proxy(program, name) for name in names})
             exec(setup, space)
             for test in tests:
@@ -841,16 +841,21 @@ def _compile(source, filename):
 
 @functools.lru_cache(maxsize=64)
 def _analyse(setup, tests):
-    """(import statements of setup and tests, standard modules used without import, names that must come from the program)."""
+    """What `asserts` needs to know of the tests: (their import statements, those of the set-up in a form in which one that
+    fails does no harm, standard modules that they use without import, names that must come from the program)."""
     tree = ast.parse("\n".join((setup, *tests)))
-    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    bound = _bound_names(tree)
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)} - bound
+    guarded = "".join(f"try:\n    {line}\nexcept ImportError:\n    pass\n" for line in _imports(ast.parse(setup)))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)} - _bound_names(tree)
     with_attributes = {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
     # MBPP's tests use math.isclose, and rely on the program's `import math`. Theirs is the real one.
     modules = used & with_attributes & sys.stdlib_module_names
     free = {name for name in used - modules if not hasattr(builtins, name)}
-    return "\n".join(ast.unparse(node) for node in imports), modules, tuple(sorted(free))
+    return "\n".join(_imports(tree)), guarded, modules, tuple(sorted(free))
+
+
+def _imports(tree):
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return [ast.unparse(node) for node in nodes if getattr(node, "module", "") != "__future__"]
 
 
 def _bound_names(tree):
