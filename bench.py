@@ -1,7 +1,12 @@
-"""The problems and the score: the embedded world, public benchmarks, pass@k.
+"""The problems and the score: the embedded world, public benchmarks, pass@k; and the corpora of mid-training.
 
 Every problem of the project, embedded or public, is a `Problem`: a prompt that the model continues, an expert's continuation
 where there is one, and a way to make a sandbox job of a completion. A benchmark's score is the unbiased pass@k over them.
+
+    python bench.py --model HuggingFaceTB/SmolLM2-135M --benchmarks humaneval,mbpp          # a row of the paper's Table 1
+    python bench.py --model base --benchmarks humaneval --samples 10 --temperature 0.8      # pass@5 too
+    python bench.py --score results.jsonl                                                   # the row again, from the file
+    python bench.py --check-references --benchmarks humaneval,mbpp,mbppplus                 # do the references pass?
 
 The embedded world needs no download. A docstring lists steps, and the constants in it are not worked out:
 
@@ -20,30 +25,78 @@ Constants are worked out from left to right, as on a pocket calculator, which is
 The "web" code that the base model learnt from carries some, of mixed worth: worked out, half worked out, a mere name, chatter.
 Nobody tells the model which of them pay. Training and evaluation problems are disjoint: `split` decides by a hash of the docstring.
 """
+import argparse
+import ast
+import base64
+import datetime
+import io
+import json
+import pickle
+import argparse
+import ast
+import base64
+import datetime
+import io
+import json
+import pickle
+import argparse
+import ast
+import base64
+import io
+import json
+import pickle
 import random
+import re
+import sys
+import sysconfig
+import warnings
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from math import comb
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Callable, Iterable, Iterator
 
 import tiktoken
+import torch
+from tqdm import tqdm
 
-from model import GPT, Sample, generate
-from sandbox import Asserts, Sandbox
+from elbo import statements, strip_comments
+from model import GPT, Sample, generate, load_tokenizer
+from sandbox import Asserts, Check, Sandbox, Stdio, Verdict, names_under_test
 
 # ------------------------------------------------------------------------------------------------------- problem and score
 
 
 @dataclass(frozen=True)
 class Problem:
+    """One problem of any benchmark. Prompt and solution meet at a decision point (see elbo.py)."""
     id: str
-    prompt: str                          # ends at a decision point (see elbo.py)
+    prompt: str
     solution: str = ""                   # the expert's continuation of the prompt; empty where the benchmark has none
-    tests: tuple[str, ...] = ()          # assert statements
-    entry_point: str = "f"
+    tests: tuple = ()                    # assert statements; or one source that defines check(candidate); or (stdin, stdout) pairs
+    kind: str = "asserts"                # which of them: "asserts", "check" or "stdio"
+    names: tuple[str, ...] = ("f",)      # what the tests use of the program; for a check the expression that it calls
+    setup: str = ""                      # trusted code of the benchmark: asserts run it after the program, a check before it
+    prose: bool = False                  # the prompt is no code (few-shot): the completion alone is the program
+    stop: tuple[str, ...] = ()           # texts at which a completion ends
+    timeout_s: float | None = None       # wall seconds for a program, with stdio for each case; None: the sandbox's own
+    date: str = ""                       # of publication, YYYY-MM-DD, where known
 
     def job(self, completion: str):
         """The sandbox job that tests prompt + completion."""
-        return Asserts(self.prompt + completion, self.tests, names=(self.entry_point,))
+        return self.job_of(completion if self.prose else self.prompt + completion)
+
+    def job_of(self, program: str):
+        """The sandbox job that tests a whole program."""
+        if self.kind == "check":
+            return Check(program, self.tests[0], self.names[0], self.setup, self.timeout_s)
+        if self.kind == "stdio":
+            return Stdio(program, self.tests, self.timeout_s)
+        return Asserts(program, self.tests, self.setup, self.names, self.timeout_s)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -56,25 +109,112 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
-def completion(enc, tokens: list[int], eos: int) -> str:
-    """Text of sampled tokens, up to the end of the document."""
-    return enc.decode([t for t in tokens if t != eos])
+def stopper(enc, stop: tuple[str, ...]):
+    """The `stop` of `generate`: has one of the texts just appeared? Every token is a byte or more, so a short tail will show it."""
+    tail = max(len(s.encode()) for s in stop)
+
+    def stopped(tokens: list[int]) -> bool:
+        text = enc.decode(tokens[-tail:])
+        return any(s in text for s in stop)
+    return stopped
 
 
-def verdicts(box: Sandbox, jobs: list) -> list[bool]:
-    """Which jobs pass; equal jobs run once, as samples of a sharp policy are often the same program."""
+def completion(enc, tokens: list[int], eos: int, stop: tuple[str, ...] = ()) -> str:
+    """Text of sampled tokens, up to the end of the document or the first stop text."""
+    text = enc.decode([t for t in tokens if t != eos])
+    return text[:min([text.find(s) for s in stop if s in text], default=len(text))]
+
+
+def judge(box: Sandbox, jobs: list) -> list[Verdict]:
+    """The verdict of each job; equal jobs run once, as samples of a sharp policy are often the same program."""
     unique = list(dict.fromkeys(jobs))
-    passed = dict(zip(unique, (v.passed for v in box.run(unique))))
-    return [passed[job] for job in jobs]
+    verdict = dict(zip(unique, box.run(unique)))
+    return [verdict[job] for job in jobs]
 
 
-def attempt(model: GPT, enc, problems: list[Problem], seeds: list, box: Sandbox, *, max_new_tokens: int,
-            temperature: float = 1.0) -> tuple[list[Sample], list[bool]]:
-    """One sample for each problem (repeat a problem for a group) and whether it passes its tests."""
-    eos = model.config.eos_id
-    samples = generate(model, [enc.encode_ordinary(p.prompt) for p in problems], max_new_tokens=max_new_tokens, seeds=seeds,
-                       temperature=temperature, vocab=enc.n_vocab)
-    return samples, verdicts(box, [p.job(completion(enc, s.tokens, eos)) for p, s in zip(problems, samples)])
+def sample(model: GPT, enc, problems: list[Problem], seeds: list, *, max_new_tokens: int, temperature: float = 1.0,
+           batch_size: int = 256) -> tuple[list[Sample], list[str]]:
+    """One sample for each problem (repeat a problem for a group), and its text up to the stop text."""
+    out = [Sample() for _ in problems]
+    for stop in dict.fromkeys(p.stop for p in problems):                 # `generate` knows one stop rule at a time
+        ids = [i for i, p in enumerate(problems) if p.stop == stop]
+        done = generate(model, [enc.encode_ordinary(problems[i].prompt) for i in ids], max_new_tokens=max_new_tokens,
+                        seeds=[seeds[i] for i in ids], temperature=temperature, vocab=enc.n_vocab, batch_size=batch_size,
+                        stop=stopper(enc, stop) if stop else None)
+        for i, s in zip(ids, done):
+            out[i] = s
+    return out, [completion(enc, s.tokens, model.config.eos_id, p.stop) for p, s in zip(problems, out)]
+
+
+def attempt(model: GPT, enc, problems: list[Problem], seeds: list, box: Sandbox, **how) -> tuple[list[Sample], list[bool]]:
+    """One sample for each problem, drawn as `sample` draws it, and whether it passes its tests."""
+    samples, texts = sample(model, enc, problems, seeds, **how)
+    return samples, [v.passed for v in judge(box, [p.job(text) for p, text in zip(problems, texts)])]
+
+
+def evaluate(model: GPT, enc, name: str, problems: list[Problem], box: Sandbox, *, samples: int = 1, seed: int = 0,
+             batch_size: int = 64, **how) -> Iterator[dict]:
+    """Rows of a results file, one per sample. A prompt that does not fit the model's context counts as failed.
+
+    The draws depend on (seed, problem, sample) alone, not on the batch or on which other problems run.
+    """
+    fits = {p.id for p in problems if len(enc.encode_ordinary(p.prompt)) < model.config.context}
+    every = [(p, j) for p in problems for j in range(samples)]
+    for at in tqdm(range(0, len(every), 4 * batch_size), desc=name, leave=False):
+        part = every[at:at + 4 * batch_size]
+        todo = [(p, j) for p, j in part if p.id in fits]
+        texts = sample(model, enc, [p for p, _ in todo], [(seed, zlib.crc32(p.id.encode()), j) for p, j in todo], batch_size=batch_size, **how)[1]
+        done = iter(zip(texts, judge(box, [p.job(text) for (p, _), text in zip(todo, texts)])))
+        for p, j in part:
+            text, v = next(done) if p.id in fits else ("", Verdict(False, "prompt too long", 0, 0, 0.0, ""))
+            yield dict(benchmark=name, id=p.id, sample=j, completion=text, passed=v.passed, kind=v.kind, seconds=round(v.seconds, 3), detail=v.detail)
+
+
+def score(rows: Iterable[dict]) -> dict[str, dict]:
+    """Per benchmark: problems, samples of each, and pass@k in percent, with se@k, its standard error over problems.
+
+    Needs nothing but the rows of a results file. k: 1, 5, 10, 100 as far as there are so many samples.
+    """
+    tally: dict[str, dict[str, list[bool]]] = {}
+    for r in rows:
+        tally.setdefault(r["benchmark"], {}).setdefault(r["id"], []).append(bool(r["passed"]))
+    out = {}
+    for name, problems in tally.items():
+        n = min(map(len, problems.values()))
+        out[name] = {"problems": len(problems), "samples": n}
+        for k in (k for k in (1, 5, 10, 100) if k <= n):
+            each = [100 * pass_at_k(len(v), sum(v), k) for v in problems.values()]
+            out[name] |= {f"pass@{k}": round(mean(each), 3), f"se@{k}": round(stdev(each) / len(each) ** 0.5, 3) if len(each) > 1 else None}
+    return out
+
+
+def score_file(path) -> dict[str, dict]:
+    """`score` of a results file. Raises ValueError if it holds no sample or cannot be read."""
+    rows = [r for r in local_rows([Path(path)]) if "benchmark" in r]
+    if not rows or any(not {"id", "passed"} <= r.keys() for r in rows):
+        raise ValueError(f"{path} is not a results file: expected lines with benchmark, id and passed, as bench.py --out writes them")
+    return score(rows)
+
+
+TABLE_1 = {"humaneval": "HumanEval", "mbpp": "MBPP", "humanevalplus": "HumanEval+", "mbppplus": "MBPP+"}
+
+
+def table(model: str, method: str, scores: dict[str, dict]) -> str:
+    """A row of the paper's Table 1 in Markdown, pass@1 with standard errors; further benchmarks stand after it.
+
+    The averages are over those of the four benchmarks that were run.
+    """
+    def average(k: str) -> str:
+        have = [scores[b][k] for b in TABLE_1 if k in scores.get(b, ())]
+        return f"{mean(have):.1f}" if have else "-"
+
+    def cell(b: str) -> str:
+        s = scores.get(b)
+        return "-" if s is None else f"{s['pass@1']:.1f}" + (f" +- {s['se@1']:.1f}" if s["se@1"] is not None else "")
+    more = [b for b in scores if b not in TABLE_1]
+    head = ["model", "method", *TABLE_1.values(), "avg pass@1", "avg pass@5", *more]
+    row = [model, method, *map(cell, TABLE_1), average("pass@1"), average("pass@5"), *map(cell, more)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), row))
 
 
 # ------------------------------------------------------------------------------------------------------ the embedded world
@@ -179,11 +319,11 @@ def make_tests(steps: list[Step], end: str, rng: random.Random) -> tuple[str, ..
 
 
 def draw_comment(rng: random.Random, step: Step) -> str:
-    """A web programmer's comment on a step: 40% worked out, 15% half worked out, 20% a name, 25% chatter."""
+    """A web programmer's comment on a step: half worked out in full, the rest partly worked out, a mere name, or chatter."""
     r = rng.random()
-    if step.terms and r < 0.40:
+    if step.terms and r < 0.50:
         return step.working(len(step.terms))
-    if step.terms and r < 0.55:
+    if step.terms and r < 0.60:
         return step.working(rng.randint(1, len(step.terms)))
     if r < 0.75:
         return rng.choice((step.kind, f"{step.kind} step", f"now {step.kind}"))
@@ -191,12 +331,12 @@ def draw_comment(rng: random.Random, step: Step) -> str:
 
 
 def write_program(steps: list[Step], end: str, rng: random.Random | None = None) -> str:
-    """The body of f, from its first decision point on. With rng: web code, half of it with comments on 60% of its steps."""
+    """The body of f, from its first decision point on. With rng: web code, half of it with comments on 80% of its steps."""
     commented = rng is not None and rng.random() < 0.5
     lines = []
     for step in steps:
         body = step.lines()
-        if commented and rng.random() < 0.6:
+        if commented and rng.random() < 0.8:
             # Mostly above the step, sometimes right at the line with the constant, at that line's indentation.
             at = 2 if len(body) > 1 and rng.random() < 0.3 else 0
             indent = body[at][:len(body[at]) - len(body[at].lstrip())]
@@ -206,7 +346,7 @@ def write_program(steps: list[Step], end: str, rng: random.Random | None = None)
     return "\n".join("    " + line for line in lines)[3:] + "\n"       # the prompt holds the first three spaces
 
 
-def world(kind: str, n: int, seed: int, *, n_steps=(2, 3), n_terms=(4, 8)) -> list[Problem]:
+def world(kind: str, n: int, seed: int, *, n_steps=(2, 3), n_terms=(5, 9)) -> list[Problem]:
     """n different problems of the embedded world, the same for the same arguments.
 
     kind: "web" (comments of mixed worth, easier problems among them), "train" (experts' programs) or "eval" (held out).
@@ -229,7 +369,7 @@ def world(kind: str, n: int, seed: int, *, n_steps=(2, 3), n_terms=(4, 8)) -> li
     return out
 
 
-def train_tokenizer(vocab_size: int = 384) -> tiktoken.Encoding:
+def train_tokenizer(vocab_size: int = 416) -> tiktoken.Encoding:
     """Byte-pair encoding learnt offline from the world's own text, with GPT-2's pre-tokenizer."""
     from tiktoken._educational import bpe_train
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -237,3 +377,429 @@ def train_tokenizer(vocab_size: int = 384) -> tiktoken.Encoding:
     ranks = bpe_train(text, vocab_size - 1, pattern, visualise=None)
     return tiktoken.Encoding("ra3-world", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": vocab_size - 1})
+
+
+# ------------------------------------------------------------------------------------------------------------ rows of data
+
+
+def local_rows(files: list[Path]) -> Iterator[dict]:
+    """Rows of JSONL and Parquet files; a .py file is a row with one column, `text`.
+
+    JSONL is read line by line and not through `datasets`, which cannot name the bad line and takes an empty column for null.
+    """
+    for file in files:
+        n = 0
+        try:
+            if file.suffix == ".parquet":
+                import datasets
+                yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+            elif file.suffix == ".py":
+                yield {"text": file.read_text(encoding="utf-8", errors="surrogateescape")}      # which no parser takes for Python
+            else:
+                with open(file, encoding="utf-8") as f:
+                    for n, line in enumerate(f, 1):
+                        if line.strip():
+                            yield {**json.loads(line)}
+        except Exception as e:
+            raise ValueError(f"{file}{f', line {n},' if n else ''} cannot be read ({one_line(e)}): expected Parquet, Python, or JSONL with one "
+                             "object per line, in UTF-8") from None
+
+
+def hub_rows(name: str, split: str, subset: str | None = None, files: str | None = None, start: int = 0) -> Iterator[dict]:
+    """Rows of a dataset on the hub, streamed. files: the JSONL files of one whose loading script `datasets` no longer runs."""
+    import datasets
+    from huggingface_hub import HfApi, constants, errors
+    try:
+        if not constants.HF_HUB_OFFLINE:                                  # with HF_HUB_OFFLINE=1, from the local cache
+            HfApi().dataset_info(name, timeout=10)                        # fails at once; load_dataset tries for half a minute
+        if files:
+            data = datasets.load_dataset("json", data_files=f"hf://datasets/{name}/{files}", split="train", streaming=True)
+        else:
+            data = datasets.load_dataset(name, subset, split=split, streaming=not constants.HF_HUB_OFFLINE)
+        yield from data.skip(start)
+    except errors.GatedRepoError:
+        raise ValueError(f"the dataset {name!r} is gated: accept its terms on its page on the hub, then run `hf auth login`") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ValueError(f"there is no file, folder or hub dataset {name!r}: check the spelling (a private one needs `hf auth login`)") from None
+    except Exception as e:                                                # the many ways of a network to fail
+        raise ValueError(f"there is no file or folder {name!r}, and the hub dataset of that name, split {split!r}, cannot be read "
+                         f"({one_line(e)}): check the connection and the name, or give local files") from None
+
+
+def one_line(e: BaseException) -> str:
+    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}"
+
+
+# ------------------------------------------------------------------------------------------------------- public benchmarks
+
+
+def plain(text: str) -> str:
+    """Lines that end in newlines alone. Form feeds and such end a line for `str.splitlines`, but not for Python's tokenizer."""
+    return "".join(line + "\n" for line in text.splitlines())
+
+
+def cut(head: str, body: str = "") -> tuple[str, str]:
+    """Prompt and solution that meet at the decision point where `head`, whole lines of code, is continued.
+
+    The indentation there is that of head's last line, the end of a docstring. The solution loses its comment lines (elbo.py says why).
+    """
+    head, body = plain(head.rstrip()), plain(body)
+    last = head.splitlines()[-1]
+    indent = last[:len(last) - len(last.lstrip())]
+    if not body.strip():
+        return head + indent[:-1], ""
+    body = strip_comments(head + body)[len(strip_comments(head)):]
+    first = next((i for i in statements(head + body) if i >= len(head)), None)
+    if first is None:
+        raise ValueError("the solution has no statement")
+    return head + indent[:-1], (head + body)[first - bool(indent):]
+
+
+def docstring(*parts: str) -> str:
+    """The task as a module's docstring, raw if need be: LaTeX is full of backslashes."""
+    text = plain("\n\n".join(part.strip() for part in parts if part.strip())).replace('"""', "'''")
+    return f'{"r" if chr(92) in text else ""}"""\n{text}"""\n'
+
+
+def humaneval(r: dict) -> Problem:
+    return Problem(r["task_id"], *cut(r["prompt"], r["canonical_solution"]), (r["test"],), "check", (r["entry_point"],), r["prompt"])
+
+
+SHOT = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]\n"
+
+
+def mbpp(r: dict, shots: list[dict] = ()) -> Problem:
+    """Zero-shot: text and tests in a docstring. With shots: the format of Austin et al. 2021, tasks 2, 3 and 4 as examples."""
+    text, code = r["text" if "text" in r else "prompt"], r["code"]
+    setup = "\n".join(r["test_imports"]) if "test_imports" in r else r["test_setup_code"]
+    tests = (r["test"],) if "test" in r else tuple(r["test_list"])                                    # MBPP+ has one long test
+    prompt, solution = cut(docstring(text, "\n".join(r["test_list"])), code)
+    if shots:
+        ask = [SHOT.format(s["text"], "\n".join(s["test_list"])) for s in (*shots, r)]
+        prompt = "".join(f"{q}{plain(s['code'])}[DONE]\n\n" for q, s in zip(ask, shots)) + ask[-1]
+    return Problem(f"mbpp/{r['task_id']}", prompt, solution, tests, "asserts", names_under_test(code, (setup, *r["test_list"])), setup, bool(shots))
+
+
+class OnlyStr(pickle.Unpickler):
+    """Unpickles plain values alone. A pickle that names a class or function could run anything, and is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; a test case is a str")
+
+
+def decode_cases(column: str) -> list[dict]:
+    """LiveCodeBench's test cases: JSON, or (private ones) base64 of zlib of a pickled str of JSON. Raises ValueError otherwise."""
+    if not column.lstrip().startswith("["):
+        try:
+            column = OnlyStr(io.BytesIO(zlib.decompress(base64.b64decode(column)))).load()
+        except Exception as e:                                            # a broken pickle can raise nearly anything
+            raise ValueError(f"test cases that do not decode ({one_line(e)})") from None
+    return json.loads(column)
+
+
+LISTED = "def listed(x):\n    return [listed(y) for y in x] if isinstance(x, (list, tuple)) else x\n\n"      # a tuple will do for a list
+IMPORTS = "\n".join(f"from {m} import *" for m in "typing functools collections itertools heapq bisect string operator math".split()) \
+    + "\nimport math\n"
+
+
+def livecodebench(r: dict) -> Problem:
+    """LeetCode's problems call a method, with arguments and result in JSON; the others read stdin."""
+    cases = decode_cases(r["public_test_cases"]) + decode_cases(r["private_test_cases"] or "[]")
+    prompt, date = cut(docstring(r["question_content"], r["starter_code"]))[0], str(r["contest_date"])[:10]
+    if not r["starter_code"].strip():
+        return Problem(f"lcb/{r['question_id']}", prompt, "", tuple((c["input"], c["output"]) for c in cases), "stdio", (), date=date)
+    lines = [f"    assert listed(candidate(*{[json.loads(x) for x in c['input'].splitlines()]!r})) == {json.loads(c['output'])!r}\n" for c in cases]
+    entry = f"Solution().{json.loads(r['metadata'])['func_name']}"
+    return Problem(f"lcb/{r['question_id']}", prompt, "", (LISTED + "def check(candidate):\n" + "".join(lines),), "check", (entry,), IMPORTS, date=date)
+
+
+def code_contests(r: dict, codeforces: bool = False) -> Problem | None:
+    """stdin to stdout, all tests; the first Python 3 solution is the reference. None: reads a file, or is not from Codeforces."""
+    if r["input_file"] or codeforces and r["source"] != 2:
+        return None
+    kinds = [r[k] for k in ("public_tests", "private_tests", "generated_tests")]
+    solutions = [s for s, language in zip(r["solutions"]["solution"], r["solutions"]["language"]) if language == 3]
+    return Problem(r["name"], *cut(docstring(r["description"]), *solutions[:1]),
+                   tuple(case for k in kinds for case in zip(k["input"], k["output"])), "stdio", ())
+
+
+def leetcode(r: dict) -> Problem:
+    """The text ends with the code to complete, which names the method. `prompt` holds imports and node classes, for tests and program."""
+    return Problem(f"leetcode/{r['task_id']}", *cut(docstring(r["query"]), r["completion"]), (r["test"],), "check",
+                   (r["entry_point"],), r["prompt"], date=str(r.get("estimated_date") or "")[:10])
+
+
+# Where completions end. In a function: where code stands at the margin. A whole program may define and comment there.
+IN_FUNCTION = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\nassert", "\nimport", "\nfrom", "\n```")
+PROGRAM = ("\nassert", "\nprint", "\nif __name__", '\n"""', "\n```")
+SCRIPT = ('\n"""', "\n```")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a benchmark's rows come from, how a row becomes a Problem, where completions end, seconds that a program may take."""
+    hub: str
+    files: str                           # in --data-dir; {} is the split
+    problem: Callable[..., Problem | None]
+    stop: tuple[str, ...]
+    timeout_s: float = 10.0              # HumanEval+ and MBPP+ have references that take up to 26 s
+    subset: str | None = None
+    split: str = "test"
+    shots: tuple[int, ...] = ()          # task ids of the split "prompt"
+    hub_files: str | None = None
+
+
+MBPP = "google-research-datasets/mbpp"
+SOURCES = {
+    "humaneval": Source("openai/openai_humaneval", "openai_humaneval/{}.jsonl", humaneval, IN_FUNCTION),
+    "humanevalplus": Source("evalplus/humanevalplus", "humanevalplus/{}.jsonl", humaneval, IN_FUNCTION, 40.0),
+    "mbpp": Source(MBPP, "mbpp/full/{}.jsonl", mbpp, ("[DONE]",), subset="full", shots=(2, 3, 4)),
+    "mbpp-docstring": Source(MBPP, "mbpp/full/{}.jsonl", mbpp, PROGRAM, subset="full"),
+    "mbppplus": Source("evalplus/mbppplus", "mbppplus/{}.jsonl", mbpp, PROGRAM, 40.0),
+    "livecodebench": Source("livecodebench/code_generation_lite", "livecodebench/*.jsonl", livecodebench, SCRIPT, hub_files="test*.jsonl"),
+    "code_contests": Source("deepmind/code_contests", "code_contests/{}*.jsonl", code_contests, SCRIPT),
+    "codeforces": Source("deepmind/code_contests", "code_contests/{}*.jsonl", partial(code_contests, codeforces=True), SCRIPT),
+    "leetcode": Source("newfacade/LeetCodeDataset", "leetcode_dataset/{}.jsonl", leetcode, PROGRAM),
+}
+
+
+def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "", until: str = "") -> list[Problem]:
+    """The problems of a benchmark, in the order of its rows: `benchmark[:split][@where]`, or "world".
+
+    `@where` names another hub dataset or JSONL file with rows of the same columns: `leetcode:train@me/my-problems`.
+    data_dir: a folder with JSONL files as in `Source.files`; None: the hub. since, until: dates YYYY-MM-DD, the second excluded; problems
+    without a date stay. Raises ValueError for an unknown name, what cannot be read, a row without a column, or if no problem is left.
+    """
+    for date in filter(None, (since, until)):
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+            raise ValueError(f"{date!r} is not a date: expected YYYY-MM-DD")
+    if name == "world":
+        return world("eval", limit or 200, seed=0)
+    key, _, where = name.partition("@")
+    key, _, split = key.partition(":")
+    if key not in SOURCES:
+        raise ValueError(f"unknown benchmark {key!r}: expected world or one of {', '.join(SOURCES)}")
+    source, where = SOURCES[key], Path(where) if where else None
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ValueError(f"there is no folder {str(data_dir)!r}: give --data-dir an existing folder, or leave it out to use the hub")
+
+    def rows(split: str) -> Iterator[dict]:
+        if where is not None and split != "prompt":
+            return local_rows([where]) if where.is_file() else hub_rows(str(where), split)
+        if data_dir is None:
+            return hub_rows(source.hub, split, source.subset, source.hub_files)
+        pattern = source.files.format(split)
+        if not (files := sorted(Path(data_dir).glob(pattern))):
+            raise ValueError(f"{data_dir} has no file {pattern}: put the rows of {source.hub} there, one JSON object per line")
+        return local_rows(files)
+    shots = {r["task_id"]: r for r in rows("prompt")} if source.shots else {}
+    make = partial(source.problem, shots=[shots[i] for i in source.shots]) if shots else source.problem
+    out: list[Problem] = []
+    for n, row in enumerate(rows(split or source.split), 1):
+        try:
+            p = make(row)
+        except KeyError as e:
+            raise ValueError(f"{name}: row {n} has no column {e}; its columns are {', '.join(row)}") from None
+        except Exception as e:                                            # nothing is known of a row that is not what it should be
+            raise ValueError(f"{name}: row {n} is unreadable ({one_line(e)}): expected a row like those of {source.hub}") from None
+        if p and p.tests and (not p.date or since <= p.date < (until or "9999")):
+            out.append(replace(p, stop=source.stop, timeout_s=source.timeout_s))
+        if len(out) == limit:
+            break
+    if not out:
+        raise ValueError(f"{name}: no problem " + (f"between {since or 'the start'} and {until or 'today'}: widen --since and --until"
+                                                   if since or until else "in it: is the dataset empty?"))
+    return out
+
+
+def demonstrations(name: str, data_dir=None) -> list[Problem]:
+    """Problems with an expert's solution: "leetcode:train" or "mbpp-docstring:train", whose tests serve RLVR as well."""
+    return [p for p in load(name, data_dir) if p.solution]
+
+
+# Programs that know nothing of the problem: what such a one passes teaches nothing, or teaches it in place of programming.
+VALUES = ("None", "True", "False", "0", "1", "-1", "''", "[]", "()", "{}", "args[0]", "args[1]", "args[-1]")
+PRINTED = ("", "print(0)", "print(1)", "print(-1)", "print('YES')", "print('NO')", "print('Yes')", "print('No')", "print(input())",
+           "print(open(0).read())")
+
+
+def trivial_programs(p: Problem) -> dict[str, str]:
+    """What it does -> a program that does it, for each trivial answer."""
+    def answer(name: str, value: str) -> str:
+        in_class = name.startswith("Solution().")
+        lines = [f"def {name.removeprefix('Solution().')}({'self, ' * in_class}*args, **more):", "    args += tuple(more.values())", f"    return {value}"]
+        return "class Solution:\n" * in_class + "".join(f"{'    ' * in_class}{line}\n" for line in lines)
+    if p.kind == "stdio":
+        return {program or "print nothing": program for program in PRINTED}
+    return {f"return {value}": "".join(answer(name, value) for name in p.names) for value in VALUES}
+
+
+def fit_for_rl(problems: list[Problem], box: Sandbox) -> tuple[list[Problem], dict[str, str]]:
+    """The problems whose reference (where there is one) passes and no trivial program does; and {id: why} of the others."""
+    have = [p for p in problems if p.solution]
+    out = {p.id: f"its reference fails: {v.kind}" for p, v in zip(have, judge(box, [p.job(p.solution) for p in have])) if not v.passed}
+    left = {p.id: trivial_programs(p) for p in problems if p.id not in out}
+    while left:                                                           # one trivial program of each problem per round
+        tried = [(p, left[p.id].popitem()) for p in problems if p.id in left]
+        for (p, (what, _)), v in zip(tried, judge(box, [p.job_of(program) for p, (_, program) in tried])):
+            if v.passed:
+                out[p.id] = f"a trivial program passes: {what}"
+        left = {i: programs for i, programs in left.items() if programs and i not in out}
+    return [p for p in problems if p.id not in out], out
+
+
+# ----------------------------------------------------------------------------------------------------------------- corpora
+
+
+def standard_library() -> str:
+    """The folder of the standard library of this Python: a corpus that every machine has."""
+    return sysconfig.get_paths()["stdlib"]
+
+
+@dataclass
+class Corpus:
+    """Python programs of a hub dataset, of a JSONL, Parquet or .py file, or of a folder of them: iterate to read on.
+
+        for program in Corpus("codeparrot/codeparrot-clean-valid", column="content", limit=2048, size=lambda s: len(enc.encode_ordinary(s))): ...
+
+    Comment lines are stripped, what is not Python 3 is dropped, and a program longer than `limit` (as `size` measures: characters, or
+    tokens as above) is cut between top-level statements. `dropped` counts what was left out. With `rank` of `ranks`, every ranks-th row is
+    read. `position` says what has been handed out: save it, and a Corpus made with it reads on from there. Raises ValueError for a name, file, row or
+    column that is not there, and if nothing in the whole corpus is Python.
+    """
+    name: str
+    column: str = "text"
+    limit: int = 8192
+    size: Callable[[str], int] = len
+    split: str = "train"
+    subset: str | None = None
+    rank: int = 0
+    ranks: int = 1
+    position: tuple[int, int] = (0, 0)                                    # rows read, documents of the next row handed out
+    dropped: Counter = field(default_factory=Counter)
+
+    def rows(self, start: int) -> Iterator[dict]:
+        path = Path(self.name)
+        if not path.exists():
+            return hub_rows(self.name, self.split, self.subset, start=start)
+        files = [path] if path.is_file() else sorted(
+            f for f in path.rglob("*") if f.suffix in (".py", ".jsonl", ".parquet") and not {"site-packages", "test", "tests"} & set(f.relative_to(path).parts))
+        if not files:
+            raise ValueError(f"the folder {self.name!r} has no .py, .jsonl or .parquet file: give one that has, or a hub name")
+        return islice(local_rows(files), start, None)
+
+    def __iter__(self) -> Iterator[str]:
+        start, skip = self.position
+        n, found = start - 1, bool(start or skip)
+        for n, row in enumerate(self.rows(start), start):
+            if self.column not in row:
+                raise ValueError(f"{self.name}: row {n + 1} has no column {self.column!r}; its columns are {', '.join(row)}")
+            if n % self.ranks == self.rank:
+                for i, text in enumerate(self.documents(row[self.column])):
+                    found = True
+                    if i >= skip:
+                        self.position = (n, i + 1)
+                        yield text
+            self.position, skip = (n + 1, 0), 0
+        if n < 0:
+            raise ValueError(f"{self.name}: the dataset is empty; expected programs in its column {self.column!r}")
+        if not found and self.ranks == 1:
+            raise ValueError(f"{self.name}: nothing in it is a Python program that fits ({dict(self.dropped)}); expected Python 3 in the column {self.column!r}")
+
+    def documents(self, text) -> list[str]:
+        """The program, cut into pieces of at most `limit`; none if it is not Python."""
+        try:
+            text = strip_comments(plain(text))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                           # of odd escapes in other people's strings
+                tree = ast.parse(text)                                    # the tokenizer alone takes English for Python
+        except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
+            self.dropped["not Python"] += 1
+            return []
+        lines, out = text.split("\n"), [""]
+        begins = sorted({min([s.lineno] + [d.lineno for d in getattr(s, "decorator_list", [])]) - 1 for s in tree.body})
+        for a, b in zip([0] + begins[1:], begins[1:] + [len(lines)]):
+            piece = "\n".join(lines[a:b]) + "\n"
+            if out[-1] and self.size(out[-1] + piece) > self.limit:
+                out.append("")
+            out[-1] += piece
+        kept = [s.strip("\n") + "\n" for s in out if tree.body and self.size(s) <= self.limit]
+        self.dropped.update({"too long": len(out) - len(kept) if tree.body else 0, "empty": 0 if tree.body else 1})
+        return kept
+
+
+# -------------------------------------------------------------------------------------------------------- the command line
+
+
+def check_references(name: str, problems: list[Problem], box: Sandbox) -> dict:
+    """How many reference solutions pass, and which do not."""
+    have = [p for p in problems if p.solution]
+    if not have:
+        raise ValueError(f"{name} has no reference solutions to check")
+    failed = {p.id: v.kind for p, v in zip(have, judge(box, [p.job(p.solution) for p in have])) if not v.passed}
+    print(f"{name}: {len(have) - len(failed)} of {len(have)} references pass" + "".join(f"\n    {i}: {kind}" for i, kind in failed.items()), flush=True)
+    return {"problems": len(have), "passed": len(have) - len(failed), "failed": failed}
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description="Scores of a model on code benchmarks: a row of the paper's Table 1, then one JSON line.")
+    add = parser.add_argument
+    add("--model", help="a folder in the Hugging Face layout, or a hub name")
+    add("--method", default="base", help="what the table calls it: base, NTP, RA3")
+    add("--benchmarks", default=",".join(TABLE_1), help=f"of world, {', '.join(SOURCES)}; a split follows a colon: leetcode:train")
+    add("--data-dir", help="folder with the benchmarks as JSONL; without it they come from the hub")
+    add("--samples", type=int, default=1, help="per problem; 5 and more give pass@5")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--max-new-tokens", type=int, default=512)
+    add("--batch-size", type=int, default=64, help="samples that grow side by side")
+    add("--limit", type=int, help="only the first so many problems of each benchmark")
+    add("--since", default="", help="first date, YYYY-MM-DD, of problems that have one (LiveCodeBench)")
+    add("--until", default="", help="the date after the last")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, help="processes of the sandbox; default: one per core")
+    add("--out", default="results.jsonl", help="every sample with its verdict; the score can be recomputed from it")
+    add("--score", metavar="FILE", help="only print the scores of a results file")
+    add("--check-references", action="store_true", help="only run the reference solutions")
+    args = parser.parse_args(argv)
+    try:
+        print(json.dumps(command(args)))
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f"bench.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def command(args: argparse.Namespace) -> dict:
+    """What the command line asks for; returns its JSON line. Raises ValueError with one clear sentence for what cannot be done."""
+    for name in ("samples", "max_new_tokens", "batch_size", "limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+    if args.temperature < 0 or args.temperature == 0 < args.samples - 1:
+        raise ValueError(f"--temperature {args.temperature:g} does not do for {args.samples} samples: it must be 0 for one greedy sample, "
+                         "or positive, say 0.8")
+    if args.score:
+        scores = score_file(args.score)
+        print(table(args.model or args.score, args.method, scores))
+        return {"scores": scores}
+    benchmarks = {name: load(name, args.data_dir, limit=args.limit, since=args.since, until=args.until) for name in args.benchmarks.split(",")}
+    with Sandbox(args.workers) as box:
+        if args.check_references:
+            return {name: check_references(name, problems, box) for name, problems in benchmarks.items()}
+        if not args.model:
+            raise ValueError("--model is missing: give the folder of a model or its name on the hub")
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        model, enc = GPT.from_pretrained(args.model, device, dtype), load_tokenizer(args.model)
+        rows = []
+        with open(args.out, "w", encoding="utf-8") as f:
+            f.write(json.dumps({"settings": vars(args)}) + "\n")
+            for name, problems in benchmarks.items():
+                for row in evaluate(model, enc, name, problems, box, samples=args.samples, temperature=args.temperature,
+                                    max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, seed=args.seed):
+                    rows.append(row)
+                    f.write(json.dumps(row) + "\n")
+    scores = score(rows)
+    print(table(args.model, args.method, scores))
+    return {"model": args.model, "method": args.method, "seed": args.seed, "temperature": args.temperature, "results": args.out, "scores": scores}
+
+
+if __name__ == "__main__":
+    main()
