@@ -57,6 +57,10 @@ PROBLEMS = {
     # f(text) undoes the prompt's `encode`
     "decode": Problem("def f(text): return text[::-1]", ("assert f(encode('sandbox')) == 'sandbox'", "assert f(encode('abc')) == 'abc'"),
                       (("xobdnas",), ("cba",)), ("sandbox", "abc"), "def encode(text):\n    return text[::-1]\n"),
+    # f(x) is the square; the test is a loop that an exception of the right class would end
+    "square": Problem("def f(x): return x * x", ("for got, want in zip(map(lambda x: f(x), range(9)), range(9)): assert got == want ** 2",
+                                                  "assert all(got == 4 for got in map(lambda x: f(x), [2, -2]))"),
+                      ((0,), (3,), (-2,)), (0, 9, 4)),
 }
 
 ATTACKS = []          # (family, problem, source)
@@ -151,6 +155,21 @@ import os, sys
 def leave(*_):
     os._exit(0)
 sys.setprofile(leave)
+""")
+
+family("early exit", "square", """
+def f(x):
+    raise StopIteration
+----
+class Over(StopIteration): pass
+def f(x):
+    raise Over
+----
+def f(x):
+    raise StopAsyncIteration
+----
+def f(x):
+    next(iter([]))
 """)
 
 family("lying object", "add", """
