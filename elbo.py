@@ -175,6 +175,11 @@ class Batch:
         return self.tokens.shape[0]
 
 
+def chunks(items: list, n: int) -> list[list]:
+    """Cut a list into lists of at most n."""
+    return [items[i:i + n] for i in range(0, len(items), n)]
+
+
 def collate(traces: list[Trace], device=None) -> Batch:
     """Pad traces on the right: padding is PROMPT, which no loss counts and, being last, no token attends to."""
     width = max(len(t.tokens) for t in traces)
@@ -185,21 +190,25 @@ def collate(traces: list[Trace], device=None) -> Batch:
     return Batch(fill("tokens", 0), fill("kind", PROMPT), fill("line", -1), fill("gate", NO_GATE))
 
 
-def score(model, batch: Batch, openers: Tensor) -> tuple[Tensor, Tensor]:
+def logits_of(model, batch: Batch) -> Tensor:
+    """(B, T - 1, V): entry i is the model's prediction of token i + 1."""
+    return model(batch.tokens[:, :-1], doc=None if batch.doc is None else batch.doc[:, :-1])
+
+
+def score(logits: Tensor, batch: Batch, openers: Tensor) -> tuple[Tensor, Tensor]:
     """Split log p(token) at the decision points into the gate's and the token's part: two (B, T - 1) tensors, which add up to it.
 
     Entry i speaks of token i + 1. gate: log q(think) or log q(act) at decision points, 0 elsewhere. token: log-probability of the token
     given its gate. So log q(z) sums both over LATENT tokens and the gate over ACTION tokens; log pi(a | s, z) sums `token` over ACTION.
     """
-    logits = model(batch.tokens[:, :-1], doc=None if batch.doc is None else batch.doc[:, :-1]).float()   # (B, T-1, V)
     target = batch.tokens[:, 1:]
-    logp = -F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)    # (B, T-1)
+    logp = -F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)   # (B, T-1)
     at = batch.gate[:, 1:] != NO_GATE
-    p = logits[at].log_softmax(-1)                                                                       # (N, V)
+    p = logits[at].float().log_softmax(-1)                                                               # (N, V)
     opens = openers[target[at]]                                                                          # (N,)
-    picked = torch.where(opens[:, None], openers, ~openers)                                              # (N, V): the gate's side
+    side = torch.where(opens[:, None], openers, ~openers)                                                # (N, V): the gate's side
     gate = torch.zeros_like(logp)
-    gate[at] = p.masked_fill(~picked, -torch.inf).logsumexp(-1)
+    gate[at] = p.masked_fill(~side, -torch.inf).logsumexp(-1)
     return gate, logp - gate
 
 

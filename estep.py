@@ -16,15 +16,18 @@ rationale is decoded, and the rest is scored again. The distribution is exactly 
 Where this departs from the paper, or where the paper is silent:
  1. The reward carries beta * (log p(gate) - log q(gate)) beside the fixed penalty c (see `elbo.line_rewards` for why).
  2. Rewards are sums over a line's tokens, in nats, as in Theorem 3.1; the paper's c = 0.05 seems to go with means per token.
- 3. A rationale is at most `max_rationale` tokens, one line; a longer, empty or unclosed one is closed by force and pays for it.
+ 3. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
+ 4. A rationale is at most `max_rationale` tokens, one line; a longer, empty or unclosed one is closed by force and pays for it.
 """
+import copy
+
 import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
 
 import elbo
-from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Batch, Program, Trace
+from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Batch, Program, Trace, chunks
 from model import GPT, KVCache, pad, pick
 
 MODES = ("learned", "always", "first", "never")     # who decides where to think: q; everywhere; before line 0 only; nowhere
@@ -167,15 +170,6 @@ def without_broken(trace: Trace) -> Trace:
     return out
 
 
-def infuse(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: list, openers: Tensor, *, batch_size: int = 256,
-           **kw) -> list[Trace]:
-    """Programs with rationales drawn from q, format kept: the M-step's data. Same arguments as `rollout`."""
-    out: list[Trace] = []
-    for i in range(0, len(programs), batch_size):
-        out += rollout(model, enc, programs[i:i + batch_size], seeds[i:i + batch_size], openers, **kw)
-    return [without_broken(t) for t in out]
-
-
 # ------------------------------------------------------------------------------------------------------- policy gradient
 
 
@@ -196,18 +190,14 @@ def advantages(G: Tensor) -> Tensor:
     return (G - G.mean(1, keepdim=True)) * K / (K - 1)
 
 
-@torch.no_grad()
-def rewards(pi: GPT, batch: Batch, traces: list[Trace], openers: Tensor, gate: Tensor, free: Tensor, **cost) -> tuple[Tensor, Tensor]:
-    """Line rewards under the frozen scorer and the line log-likelihoods they come from, both (B, L); cost: see `line_rewards`."""
-    L = gate.shape[1]
-    _, token = elbo.score(pi, batch, openers)
-    loglik = elbo.by_line(elbo.log_pi(token, batch), batch, L)
-    think = torch.zeros_like(loglik, dtype=torch.bool)
+def decisions(traces: list[Trace], n_lines: int, device=None) -> tuple[Tensor, Tensor]:
+    """Where a rationale stands and where it breaks the format: two (B, L) bool tensors."""
+    think = torch.zeros(len(traces), n_lines, dtype=torch.bool)
     broken = torch.zeros_like(think)
     for b, trace in enumerate(traces):
         for t, z in enumerate(trace.thinks()):
             think[b, t], broken[b, t] = z, t in trace.broken
-    return elbo.line_rewards(loglik, think, broken, gate, free, **cost), loglik
+    return think.to(device), broken.to(device)
 
 
 def reinforce_loss(log_q: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
@@ -217,3 +207,72 @@ def reinforce_loss(log_q: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
     """
     line = batch.line[:, 1:].clamp(min=0)                                                               # (B, T-1)
     return -(log_q * advantage.gather(1, line)).sum()
+
+
+def anchor_loss(logits: Tensor, pi_logits: Tensor, batch: Batch, openers: Tensor) -> Tensor:
+    """Trust region: summed KL(pi || model) over the action tokens, each given its gate; divide as `reinforce_loss`.
+
+    q and pi are one network, so moving q drags the action likelihoods along, and what drifts too far is lost to the M-step.
+    The expert's tokens play no part here: it is pi's distribution that is held, and the gates and rationales are left free.
+    """
+    at = batch.kind[:, 1:] == elbo.ACTION
+    never = (batch.gate[:, 1:] != elbo.NO_GATE)[at][:, None] & openers                                  # (N, V): after act, no opener
+    p, q = (x[at].float().masked_fill(never, -1e9).log_softmax(-1) for x in (pi_logits, logits))        # (N, V)
+    return (p.exp() * (p - q)).sum()
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def e_step(run, model: GPT, data):
+    """E-step: move q, which starts as the model itself, towards rationales that pay; pi is the frozen start.
+
+    run: train.Run, the plumbing; data: train.Data. Trains `model` in place.
+    """
+    s = run.s
+    pi = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    for step in run.steps("estep", model, optimizer, s.e_steps, s.e_lr, warmup=5):
+        picked = np.random.default_rng(run.draw("estep", step)).choice(len(data.experts), s.e_programs, replace=False).tolist()
+        versions = [(i, k) for i in run.mine(picked) for k in range(s.e_rollouts)]
+        with run.autocast():
+            traces = rollout(model, data.enc, [data.experts[i] for i, _ in versions], [run.draw("estep", step, i, k) for i, k in versions],
+                             data.openers, max_rationale=s.max_rationale, mode=s.rationales)
+        stats = np.zeros(6)
+
+        def micro_batches():
+            # Whole groups stay together, because a version's baseline is made of the others.
+            for part in chunks(traces, max(s.micro_batch // s.e_rollouts, 1) * s.e_rollouts):
+                batch = elbo.collate(part, run.device)
+                L = int(batch.line.max()) + 1
+                with run.autocast():
+                    logits = elbo.logits_of(model, batch)                                               # (B, T-1, V)
+                    with torch.no_grad():
+                        pi_logits = elbo.logits_of(pi, batch)
+                gate, token = elbo.score(logits, batch, data.openers)                                   # (B, T-1) each
+                _, pi_token = elbo.score(pi_logits, batch, data.openers)
+                loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                           # (B, L)
+                think, broken = decisions(part, L, run.device)
+                r = elbo.line_rewards(loglik, think, broken, *elbo.opening_gate(gate.detach(), batch, L), c=s.c, beta=s.beta,
+                                      p_think=s.p_think, broken_cost=s.broken_cost)                     # (B, L)
+                G = returns(r, s.horizon, s.gamma).view(-1, s.e_rollouts, L)                            # (P, K, L)
+                A = advantages(G).view(-1, L)
+                stats[:] += [x.sum().item() for x in (r, loglik, batch.line.amax(1) + 1, think, broken, batch.kind == LATENT)]
+                yield (reinforce_loss(elbo.log_q(gate, token, batch), A, batch)
+                       + s.e_anchor * anchor_loss(logits, pi_logits, batch, data.openers))
+
+        norm = run.update(model, optimizer, micro_batches(), len(traces))
+        reward, loglik, lines, thinks, broken, latents = run.sum(*stats)
+        run.log(phase="estep", step=step, reward=reward / lines, loglik=loglik / lines, think=thinks / lines,
+                broken=broken / max(thinks, 1), length=latents / max(thinks, 1), grad_norm=norm,
+                show=f"reward {reward / lines:+.3f} think {thinks / lines:.0%}")
+
+
+def infuse(run, q: GPT, data, programs: list[Program], what: str, mode: str) -> list[Trace]:
+    """Programs with rationales drawn from q, format kept: the M-step's data. Ranks share the work; each gets all of it."""
+    out = []
+    for part in chunks(run.mine(list(enumerate(programs))), 4 * run.s.micro_batch):
+        with run.autocast():
+            out += rollout(q, data.enc, [p for _, p in part], [run.draw("infuse " + what, i) for i, _ in part], data.openers,
+                           max_rationale=run.s.max_rationale, mode=mode)
+    return run.gather([without_broken(t) for t in out])

@@ -4,12 +4,14 @@ With q fixed, max_pi E_q sum_t log pi(a_t | s_t, z_t) is next-token prediction o
 are trained on as well, since at test time the model must write them itself. On programs without latents the very same
 function is the baseline, next-token prediction (NTP).
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import elbo
-from elbo import PROMPT, Batch, Trace
+from elbo import PROMPT, Batch, Trace, chunks
+from model import GPT
 
 
 def pack(traces: list[Trace], length: int) -> list[list[int]]:
@@ -58,15 +60,50 @@ def counted(batch: Batch) -> Tensor:
 
 def loss(model, batch: Batch) -> Tensor:
     """Summed cross-entropy, in nats, of rationale and action tokens; divide by `counted` of all ranks and micro-batches."""
-    doc = None if batch.doc is None else batch.doc[:, :-1]
-    logits = model(batch.tokens[:, :-1], doc=doc)                                                       # (B, T-1, V)
     keep = counted(batch)
-    return F.cross_entropy(logits[keep].float(), batch.tokens[:, 1:][keep], reduction="sum")
+    return F.cross_entropy(elbo.logits_of(model, batch)[keep].float(), batch.tokens[:, 1:][keep], reduction="sum")
 
 
 @torch.no_grad()
 def action_nll(model, batch: Batch, openers: Tensor) -> tuple[float, int]:
     """-sum of log pi(a_t | s_t, z_t) over action tokens, in nats, and their number: the same tokens with and without latents."""
-    _, token = elbo.score(model, batch, openers)
+    _, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
     actions = batch.kind[:, 1:] == elbo.ACTION
     return -elbo.log_pi(token, batch).sum().item(), int(actions.sum())
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def heldout_nll(run, model: GPT, data, traces: list[Trace]) -> float:
+    """Cross-entropy of the action tokens of `traces`, in nats per token."""
+    total = np.zeros(2)
+    for part in chunks(run.mine(traces), run.s.micro_batch):
+        with run.autocast():
+            total += action_nll(model, elbo.collate(part, run.device), data.openers)
+    nll, n = run.sum(*total)
+    return nll / n
+
+
+def m_step(run, stage: str, model: GPT, data, traces: list[Trace], heldout: list[Trace], n: int, evaluate=None):
+    """n updates on `traces` (rationales and actions; or, on programs without latents, NTP). Trains `model` in place.
+
+    On the way it logs the cross-entropy of held-out actions and, with evaluate(model) -> float, the accuracy.
+    """
+    s = run.s
+
+    def probe(step):
+        if step % 25 == 0 or step == n:
+            accuracy = {"greedy": evaluate(model)} if evaluate and (step % 50 == 0 or step == n) else {}
+            run.log(phase=stage, step=step, nll=heldout_nll(run, model, data, heldout), **accuracy)
+
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    per_epoch = len(traces) // s.m_programs
+    for step in run.steps(stage, model, optimizer, n, s.m_lr, decay=0.9):
+        probe(step)
+        order = np.random.default_rng(run.draw("mstep", step // per_epoch)).permutation(len(traces))
+        picked = [traces[i] for i in order[step % per_epoch * s.m_programs:][:s.m_programs]]
+        batches = [packed_batch(picked, rows, run.device) for rows in chunks(run.mine(pack(picked, s.row_tokens)), s.micro_batch)]
+        with run.autocast():
+            run.update(model, optimizer, (loss(model, b) for b in batches), sum(int(counted(b).sum()) for b in batches))
+    probe(n)

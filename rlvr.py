@@ -16,12 +16,18 @@ Details, and where they come from:
  5. No KL to a reference by default; the k3 estimator (Schulman) is an option.
  6. Samples are drawn at temperature 1 without filters, and just that distribution is scored.
 """
+import copy
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elbo import ACTION, PROMPT, Batch, Trace
-from model import Sample
+import elbo
+from bench import attempt
+from elbo import ACTION, PROMPT, Batch, Trace, chunks
+from model import GPT, Sample
+from sandbox import Sandbox
 
 
 def as_trace(prompt: list[int], sample: Sample) -> Trace:
@@ -64,3 +70,46 @@ def grpo_loss(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, *, cli
         d = reference - logp
         out = out + kl * ((d.exp() - 1 - d) * mask).sum()
     return out
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def grpo(run, stage: str, model: GPT, data, box: Sandbox, evaluate):
+    """GRPO on data.rl_problems; evaluate(model) -> float gives the curve on held-out problems. Trains `model` in place."""
+    s = run.s
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    reference = copy.deepcopy(model).requires_grad_(False) if s.kl else None
+    for step in run.steps(stage, model, optimizer, s.rl_steps, s.rl_lr, warmup=5):
+        if step % 5 == 0:
+            run.log(phase=stage, step=step, greedy=evaluate(model))
+        picked = np.random.default_rng(run.draw("rlvr", step)).choice(len(data.rl_problems), s.rl_problems, replace=False).tolist()
+        tries = [(i, k) for i in run.mine(picked) for k in range(s.rl_group)]
+        problems = [data.rl_problems[i] for i, _ in tries]
+        with run.autocast():
+            samples, passed = attempt(model, data.enc, problems, [run.draw("rlvr", step, i, k) for i, k in tries], box,
+                                      max_new_tokens=s.max_new_tokens)
+        rewards = torch.tensor(passed, dtype=torch.float32).view(-1, s.rl_group)                        # (P, G)
+        signal = has_signal(rewards)                                                                    # (P,)
+        advantage = group_advantages(rewards, s.z_score).flatten().to(run.device)                       # (P * G,)
+        used = [i for i in range(len(samples)) if signal[i // s.rl_group]]
+        used.sort(key=lambda i: len(samples[i].tokens))                                                 # neighbours pad little
+
+        def micro_batches():
+            for part in chunks(used, s.micro_batch):
+                batch = elbo.collate([as_trace(data.enc.encode_ordinary(problems[i].prompt), samples[i]) for i in part], run.device)
+                mask = batch.kind[:, 1:] == ACTION
+                old = torch.zeros(mask.shape, device=run.device)
+                old[mask] = torch.tensor([logp for i in part for logp in samples[i].logprobs], device=run.device)
+                with run.autocast():
+                    logp = token_logprobs(model, batch)
+                    with torch.no_grad():
+                        ref = token_logprobs(reference, batch) if s.kl else None
+                yield grpo_loss(logp, old, advantage[part], mask, clip_low=s.clip_low, clip_high=s.clip_high, reference=ref, kl=s.kl)
+
+        norm = run.update(model, optimizer, micro_batches(), sum(len(samples[i].tokens) for i in used))
+        right, n, live, groups, cut, length = run.sum(
+            sum(passed), len(passed), int(signal.sum()), len(signal), sum(not x.stopped for x in samples), sum(len(x.tokens) for x in samples))
+        run.log(phase=stage, step=step, reward=right / n, signal=live / groups, truncated=cut / n, length=length / n, grad_norm=norm,
+                show=f"reward {right / n:.0%} groups with signal {live / groups:.0%}")
+    run.log(phase=stage, step=s.rl_steps, greedy=evaluate(model))

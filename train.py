@@ -1,0 +1,673 @@
+"""RA3 end to end: base model -> mid-training by NTP and by RA3 -> RLVR -> benchmarks, and the report.
+
+    python train.py                                         # the embedded world, one process
+    torchrun --standalone --nproc-per-node=2 train.py       # the same on two: same draws, same global batches
+    python train.py --seeds 5                               # five seeds, means and standard errors in the report
+    python train.py --ablations --seeds 2                   # figures 6 and 7: c, return horizon, persistence, BRiTE, no RL
+    python train.py --pretrain out/base                     # makes the base model that the others start from
+    python train.py --resume --name NAME                    # goes on where a killed run stopped
+
+A run leaves runs/<name>/: config.json, metrics.jsonl, a checkpoint per stage, report.md and its figures.
+
+Read it as: `Settings`, what can be set and why; `Run`, the plumbing all phases share (ranks, log, checkpoints, one optimizer
+step); the three phases, each a loop over the functions of its module; `experiment`, the paper's story in order. The report is
+at the end. Every random draw is seeded by what it is for, (seed, phase, step, problem, sample), so neither the number of ranks
+nor a restart changes what is drawn.
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import bench
+import elbo
+import estep
+import mstep
+import rlvr
+from model import GPT, GPTConfig, load_tokenizer, save_tokenizer
+from sandbox import Sandbox
+
+
+def option(default, why: str):
+    return field(default=default, metadata={"help": why})
+
+
+@dataclass
+class Settings:
+    name: str = option("", "folder under runs/; default: the time of the start")
+    model: str = option("base", "folder or hub name of the base model; `base` ships with the code")
+    seed: int = option(0, "first seed")
+    seeds: int = option(1, "number of seeds; the report then shows means and standard errors")
+    resume: bool = option(False, "go on with the run called --name")
+    threads: int = option(0, "CPU threads per process; 0: all cores, shared among the ranks (more only get in each other's way)")
+    ablations: bool = option(False, "run the variants of figures 6 and 7 instead of the main experiment")
+    pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
+    pretrain_tokens: int = option(14_000_000, "solution tokens of that: arithmetic appears after about 3M in a phase change")
+    # data
+    experts: int = option(4096, "expert programs: two to three epochs of the M-step, the same for NTP and RA3")
+    eval_problems: int = option(128, "held-out problems of the final scores: a standard error of about 4 points per seed")
+    samples: int = option(5, "samples per problem at temperature 1, for pass@1 and pass@5")
+    max_new_tokens: int = option(224, "longest sampled program: three commented loops take about 180")
+    # E-step
+    e_steps: int = option(40, "updates of q; the reward settles within them")
+    e_programs: int = option(16, "programs per update; with the next, 128 rollouts")
+    e_rollouts: int = option(8, "K, versions of each program; its baseline averages the K - 1 others")
+    e_lr: float = option(2e-4, "Adam's; at 3e-4 and beyond the direct skill of the model suffers")
+    e_anchor: float = option(1.0, "weight of the trust region on the action likelihoods; 0: none")
+    c: float = option(0.05, "cost of a rationale in nats (rewards are sums over a line); `inf`: never think, which is NTP")
+    beta: float = option(0.1, "weight of the gate's part of the KL; 0 lets the gate close before rationales are good")
+    p_think: float = option(0.5, "prior probability of a new rationale in that part")
+    broken_cost: float = option(0.5, "nats that a malformed rationale costs, more than the best could win back by chance")
+    horizon: int = option(6, "lines over which a rationale's effect is credited: a loop is 5 lines long")
+    gamma: float = option(0.9, "discount per line in the return")
+    max_rationale: int = option(40, "longest rationale in tokens; eight worked-out terms take 31")
+    rationales: str = option("learned", "where to think: learned; always (no persistence); first (BRiTE); never")
+    # M-step
+    m_steps: int = option(150, "updates")
+    m_programs: int = option(64, "programs per update")
+    m_lr: float = option(1e-3, "AdamW's peak, after 10 steps of warm-up, decaying linearly to a tenth")
+    row_tokens: int = option(256, "length of packed rows")
+    # RLVR
+    rl_steps: int = option(30, "GRPO updates")
+    rl_problems: int = option(16, "problems per update")
+    rl_group: int = option(8, "samples per problem")
+    rl_lr: float = option(3e-4, "Adam's")
+    rl_pool: int = option(1024, "training problems with tests")
+    clip_low: float = option(0.2, "1 - low is the least probability ratio that still earns")
+    clip_high: float = option(0.28, "1 + high is the greatest; wider than low, so that rare tokens can grow")
+    z_score: bool = option(False, "divide group advantages by their standard deviation")
+    kl: float = option(0.0, "weight of the k3 KL to the model RLVR starts from")
+    micro_batch: int = option(64, "sequences per forward pass in training; lower it when memory is short")
+    save_every: int = option(25, "updates between checkpoints")
+
+    def check(self):
+        """Raises ValueError, in one sentence, for a value that cannot work."""
+        def need(ok: bool, flag: str, what: str):
+            if not ok:
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {what}")
+        for f in dataclasses.fields(self):
+            if f.type is int and f.name not in ("seed", "threads", "rl_steps", "e_steps", "m_steps"):
+                need(getattr(self, f.name) >= 1, f.name, "must be at least 1")
+            if f.name in ("rl_steps", "e_steps", "m_steps", "seed", "threads"):
+                need(getattr(self, f.name) >= 0, f.name, "must not be negative")
+            if f.name.endswith("_lr"):
+                need(0 < getattr(self, f.name) < 1, f.name, "a learning rate lies between 0 and 1")
+        need(self.e_rollouts >= 2, "e_rollouts", "a baseline needs at least 2 versions of a program")
+        need(self.rl_group >= 2, "rl_group", "a group needs at least 2 samples")
+        need(self.c >= 0, "c", "a penalty is not negative")
+        need(self.beta >= 0, "beta", "a weight is not negative")
+        need(0 < self.p_think < 1, "p_think", "a probability strictly between 0 and 1 is needed")
+        need(0 < self.gamma <= 1, "gamma", "a discount lies in (0, 1]")
+        need(self.rationales in estep.MODES, "rationales", f"expected one of {', '.join(estep.MODES)}")
+        need(not self.resume or bool(self.name), "resume", "say which run, with --name")
+
+
+def parse_flags(argv: list[str] | None = None) -> Settings:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(Settings):
+        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        if f.type is bool:
+            ap.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
+        else:
+            ap.add_argument(flag, type=f.type, default=f.default, help=text)
+    return Settings(**vars(ap.parse_args(argv)))
+
+
+# ---------------------------------------------------------------------------------------------- the plumbing of all phases
+
+
+class Run:
+    """One process's view of a run of one seed: ranks, folder, log, checkpoints, and the one way to take an optimizer step."""
+
+    def __init__(self, settings: Settings, folder: Path, seed: int):
+        self.s, self.dir, self.seed = settings, folder, seed
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.compute = 0                             # tokens this rank put through a model, a training token counting three times
+        self.records: list[dict] = []
+        self.path = folder / "metrics.jsonl"
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "progress.json").exists():      # what was logged after the last checkpoint will be logged again
+            size = json.loads((folder / "progress.json").read_text())["log_bytes"]
+            self.records = [json.loads(line) for line in self.path.read_bytes()[:size].splitlines()]
+            self.barrier()
+            if self.rank == 0:
+                os.truncate(self.path, size)
+        elif self.rank == 0:
+            self.path.unlink(missing_ok=True)
+        self.barrier()
+
+    def draw(self, what: str, *index: int) -> list[int]:
+        """The seed of a random draw, named by what it is for."""
+        return [self.seed, zlib.crc32(what.encode()), *index]
+
+    def meter(self, model: GPT) -> GPT:
+        """Count this model's tokens in `compute`."""
+        def count(module, args):
+            self.compute += args[0].numel() * (3 if torch.is_grad_enabled() else 1)
+        model.register_forward_pre_hook(count)
+        return model
+
+    # ranks -----------------------------------------------------------------------------------------------------------
+
+    def barrier(self):
+        if self.ranks > 1:
+            dist.barrier()
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum numbers over all ranks."""
+        t = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.ranks > 1:
+            dist.all_reduce(t)
+        return t.tolist()
+
+    def mine(self, items: list) -> list:
+        """This rank's share: every ranks-th item."""
+        return items[self.rank::self.ranks]
+
+    def gather(self, items: list) -> list:
+        """All ranks' shares, put back in order."""
+        if self.ranks == 1:
+            return items
+        shares: list = [None] * self.ranks
+        dist.all_gather_object(shares, items)
+        return [shares[i % self.ranks][i // self.ranks] for i in range(sum(map(len, shares)))]
+
+    # log and checkpoints ---------------------------------------------------------------------------------------------
+
+    def log(self, **record):
+        self.records.append(record)
+        if self.rank == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(record) + "\n")
+
+    def commit(self):
+        """From here on a restart keeps what has been logged."""
+        if self.rank == 0:
+            write_atomically(self.dir / "progress.json", json.dumps({"log_bytes": self.path.stat().st_size}))
+
+    def once(self, key: str, work) -> dict:
+        """The record called `key`: found in the log, or made by work() and logged."""
+        for r in self.records:
+            if r.get("key") == key:
+                return r
+        self.log(key=key, **work())
+        self.commit()
+        return self.records[-1]
+
+    def stage(self, name: str, start: GPT, work) -> GPT:
+        """Train a copy of `start` by work(model) and keep it as runs/<name>/<stage>; a stage that is there is only loaded."""
+        folder = self.dir / name
+        if not (folder / "model.safetensors").exists():
+            model = self.meter(copy.deepcopy(start))
+            began, before = time.time(), self.compute
+            work(model)
+            self.log(key=f"cost/{name}", seconds=round(time.time() - began, 1), compute=int(self.sum(self.compute - before)[0]))
+            self.commit()
+            if self.rank == 0:
+                model.save_pretrained(folder)
+                (self.dir / "state.pt").unlink(missing_ok=True)
+            self.barrier()
+        return GPT.from_pretrained(folder, device=self.device)
+
+    def steps(self, stage: str, model: GPT, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0.0):
+        """Yield the steps still to do of 0..n-1, learning rate set: linear warm-up, then a linear fall by the share `decay`.
+
+        State is saved on the way, and found again after a restart.
+        """
+        path, first = self.dir / "state.pt", 0
+        if path.exists():
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            if state["stage"] == stage:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                first = state["step"]
+                self.compute += state["compute"] / self.ranks
+        before = self.compute - (state["compute"] / self.ranks if first else 0)
+        bar = tqdm(range(first, n), initial=first, total=n, desc=f"seed {self.seed} {stage}", disable=self.rank > 0, mininterval=1.0)
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min((step + 1) / warmup, 1.0) * (1 - decay * step / n)
+            yield step
+            if self.records and "show" in self.records[-1]:
+                bar.set_postfix_str(self.records[-1]["show"], refresh=False)
+            if (step + 1) % self.s.save_every == 0 and step + 1 < n:
+                state = dict(stage=stage, step=step + 1, compute=self.sum(self.compute - before)[0], model=model.state_dict(),
+                             optimizer=optimizer.state_dict())
+                if self.rank == 0:
+                    write_atomically(path, state)
+                self.commit()
+                self.barrier()
+
+    # one optimizer step ----------------------------------------------------------------------------------------------
+
+    def autocast(self):
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def update(self, model: GPT, optimizer, losses, count: float, clip: float = 1.0) -> float:
+        """One optimizer step on the sum of `losses` (scalars, made one by one) over the global `count`.
+
+        Gradients are summed over ranks by hand rather than by DistributedDataParallel: a rank may then have any number of
+        micro-batches, none included, and the result is that of one process. Returns the gradient norm before clipping.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        count = max(self.sum(count)[0], 1)
+        for loss in losses:
+            (loss / count).backward()
+        params = list(model.parameters())
+        if self.ranks > 1:
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+            dist.all_reduce(flat)
+            for p, g in zip(params, flat.split([p.numel() for p in params])):
+                p.grad = g.view_as(p)
+        norm = torch.nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+        return norm.item()
+
+
+def write_atomically(path: Path, content):
+    """A reader, or a restart after a crash or a full disk, finds the old file or the new one, never half of one."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        tmp.write_text(content) if isinstance(content, str) else torch.save(content, tmp)
+        os.replace(tmp, path)
+    except OSError:
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+# --------------------------------------------------------------------------------------------------------- the base model
+
+
+def pretrain(run: Run, folder: str):
+    """The embedded world's base model, from scratch, on web code without end: its loss is that of the M-step, its data all new."""
+    s = run.s
+    enc = bench.train_tokenizer()
+    torch.manual_seed(s.seed)
+    model = GPT(GPTConfig(vocab_size=enc.n_vocab, eos_id=enc.eot_token)).to(run.device)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    if hasattr(torch.optim, "Muon"):                 # torch >= 2.9; reaches the phase change in about half the tokens
+        optimizers = [(torch.optim.Muon(matrices, weight_decay=0.0), 0.01), (torch.optim.Adam(others, betas=(0.9, 0.95)), 3e-3)]
+    else:
+        optimizers = [(torch.optim.Adam(model.parameters(), betas=(0.9, 0.95)), 3e-3)]
+    programs, seen, step = 64, 0, 0
+    with tqdm(total=s.pretrain_tokens, unit="token", unit_scale=True, disable=run.rank > 0, mininterval=5.0) as bar:
+        while seen < s.pretrain_tokens:
+            web = run.mine(bench.world("web", programs, seed=step))
+            traces = []
+            for p in web:
+                traces.append(elbo.Trace())
+                traces[-1].add(enc.encode_ordinary(p.prompt), elbo.PROMPT)
+                traces[-1].add(enc.encode_ordinary(p.solution) + [enc.eot_token], elbo.ACTION, 0)
+            batch = mstep.packed_batch(traces, mstep.pack(traces, s.row_tokens), run.device)
+            done = seen / s.pretrain_tokens
+            for optimizer, lr in optimizers:         # warm-up, constant, then down to nothing over the last 40%
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.4)
+            n, loss = int(mstep.counted(batch).sum()), mstep.loss(model, batch)
+            run.update(model, Optimizers(o for o, _ in optimizers), [loss], n)
+            total, counted = run.sum(loss.item(), n)
+            seen, step = seen + int(counted), step + 1
+            bar.update(int(counted))
+            bar.set_postfix_str(f"loss {total / counted:.3f}")
+            if run.rank == 0 and (step % 500 == 0 or seen >= s.pretrain_tokens):
+                model.save_pretrained(folder)
+                save_tokenizer(enc, folder)
+
+
+class Optimizers(list):
+    """Several optimizers that step as one."""
+
+    def zero_grad(self, **kw):
+        for o in self:
+            o.zero_grad(**kw)
+
+    def step(self):
+        for o in self:
+            o.step()
+
+# --------------------------------------------------------------------------------------------------------- the experiment
+
+
+@dataclass
+class Data:
+    """What all phases share: the tokenizer, its comment openers, and the problems."""
+    enc: object
+    openers: torch.Tensor
+    experts: list[elbo.Program]
+    heldout: list[elbo.Program]                      # the expert programs of the evaluation problems
+    eval_problems: list[bench.Problem]
+    rl_problems: list[bench.Problem]
+
+
+def load_data(s: Settings, model: GPT, device) -> Data:
+    enc = load_tokenizer(s.model)
+    evaluation = bench.world("eval", s.eval_problems, seed=0)
+
+    def parse(problems):
+        return [elbo.parse(enc, p.prompt, p.solution, model.config.eos_id) for p in problems]
+    return Data(enc, elbo.opener_mask(enc, model.config.vocab_size).to(device), parse(bench.world("train", s.experts, seed=0)),
+                parse(evaluation), evaluation, bench.world("train", s.rl_pool, seed=1))
+
+
+class Scorer:
+    """Accuracy of a model on the held-out problems; every rank takes its share of them."""
+
+    def __init__(self, run: Run, data: Data, box: Sandbox):
+        self.run, self.data, self.box = run, data, box
+
+    def attempt(self, model: GPT, k: int, temperature: float) -> list[int]:
+        """How many of k samples are right, for each of this rank's problems."""
+        mine = self.run.mine(list(enumerate(self.data.eval_problems)))
+        with self.run.autocast():
+            _, passed = bench.attempt(model, self.data.enc, [p for _, p in mine for _ in range(k)],
+                                      [self.run.draw("eval", i, j) for i, _ in mine for j in range(k)], self.box,
+                                      max_new_tokens=self.run.s.max_new_tokens, temperature=temperature)
+        return [sum(part) for part in elbo.chunks(passed, k)]
+
+    def greedy(self, model: GPT) -> float:
+        right = self.attempt(model, 1, 0.0)
+        total, n = self.run.sum(sum(right), len(right))
+        return total / n
+
+    def full(self, model: GPT) -> dict:
+        """Greedy accuracy, and unbiased pass@1 and pass@5 at temperature 1."""
+        k = self.run.s.samples
+        right = self.attempt(model, k, 1.0)
+        one, five, n = self.run.sum(*(sum(bench.pass_at_k(k, c, m) for c in right) for m in (1, min(5, k))), len(right))
+        return {"greedy": self.greedy(model), "pass@1": one / n, "pass@5": five / n}
+
+
+def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
+    """How often a rationale stands before each form of line (its constant written N), and programs before and after infusion."""
+    seen: dict[str, list[int]] = {}
+    for trace in traces:
+        for t, z in enumerate(trace.thinks()):
+            text = data.enc.decode([x for x, k, line in zip(trace.tokens, trace.kind, trace.line) if line == t and k == elbo.ACTION])
+            count = seen.setdefault(re.sub(r"(?<=x [-+<>] )\d+", "N", text.split("\n")[0].strip()), [0, 0])
+            count[0], count[1] = count[0] + 1, count[1] + z
+
+    def rate(needed: bool) -> float:
+        # A computation is needed before a line with a constant, or before the loop that the line stands in.
+        counts = [c for form, c in seen.items() if (" N" in form or form == "out = []") == needed]
+        return sum(z for _, z in counts) / max(sum(n for n, _ in counts), 1)
+    programs = [[data.enc.decode([x for x, k in zip(t.tokens, t.kind) if k in kinds]) for kinds in
+                 ((elbo.PROMPT, elbo.ACTION), (elbo.PROMPT, elbo.ACTION, elbo.LATENT))] for t in traces[:6]]
+    return dict(think=sum(z for _, z in seen.values()) / sum(n for n, _ in seen.values()), think_needed=rate(True),
+                think_other=rate(False), forms={form: [n, z / n] for form, (n, z) in sorted(seen.items())}, programs=programs)
+
+
+def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
+    """E-step, infusion, M-step: from the base to RA3."""
+    s = run.s
+    mode = "never" if math.isinf(s.c) else s.rationales                          # c = infinity: nothing is worth a rationale
+    q = base if mode == "never" else run.stage("estep", base, lambda m: estep.e_step(run, m, data))
+    run.meter(q)
+    began, before = time.time(), run.compute
+    train = estep.infuse(run, q, data, data.experts, "experts", mode)
+    run.once("cost/infuse", lambda: dict(seconds=round(time.time() - began, 1), compute=int(run.sum(run.compute - before)[0])))
+    heldout = estep.infuse(run, q, data, data.heldout, "heldout", mode)
+    run.once("rationales", lambda: think_table(data, heldout))
+    return run.stage("ra3", q, lambda m: mstep.m_step(run, "ra3", m, data, train, heldout, s.m_steps, scorer.greedy))
+
+
+def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
+    """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three."""
+    s, scorer = run.s, Scorer(run, data, box)
+    plain, plain_heldout = ([p.trace() for p in programs] for programs in (data.experts, data.heldout))
+
+    def ntp(name: str, n: int) -> GPT:
+        return run.stage(name, base, lambda m: mstep.m_step(run, name, m, data, plain, plain_heldout, n, scorer.greedy))
+    arms = {"base": base, "ra3": mid_training(run, base, data, scorer), "ntp": ntp("ntp", s.m_steps)}
+    # As much compute, in tokens through the model, as RA3's E-step and M-step took together.
+    spent = {r["key"]: r["compute"] for r in run.records if r.get("key", "").startswith("cost/")}
+    arms["ntp-long"] = ntp("ntp-long", round(s.m_steps * sum(spent.get(f"cost/{part}", 0) for part in ("estep", "infuse", "ra3")) / spent["cost/ntp"]))
+    for name, model in arms.items():
+        run.once(f"eval/{name}", lambda: scorer.full(model))
+    for name in ("base", "ntp", "ra3") if s.rl_steps else ():
+        model = run.stage(f"rlvr-{name}", arms[name], lambda m: rlvr.grpo(run, f"rlvr-{name}", m, data, box, scorer.greedy))
+        run.once(f"eval/rlvr-{name}", lambda: scorer.full(model))
+
+
+WHOLE = 10_000                                                                   # lines: the return reaches to the program's end
+ABLATIONS = {                                                                    # figures 6 and 7: the flags that each changes
+    **{f"c={c:g}": dict(c=c) for c in (0.0, 0.01, 0.05, 0.2, 1.0, math.inf)},
+    "horizon=1": dict(horizon=1),
+    "horizon=whole": dict(horizon=WHOLE),
+    "no persistence": dict(rationales="always"),
+    "BRiTE": dict(rationales="first", horizon=WHOLE, gamma=1.0),
+    "no RL": dict(e_steps=0),
+}
+
+
+def ablation(run: Run, base: GPT, data: Data, box: Sandbox):
+    """One variant of mid-training, without RLVR."""
+    scorer = Scorer(run, data, box)
+    model = mid_training(run, base, data, scorer)
+    run.once("eval/ra3", lambda: scorer.full(model))
+
+
+# ------------------------------------------------------------------------------------------------------------- the report
+
+
+def mean_se(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error (nan for one value)."""
+    v = np.asarray(values, dtype=float)
+    return v.mean(), v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else math.nan
+
+
+def paired_p(a: list[float], b: list[float]) -> float:
+    """One-sided p-value that a exceeds b, by the paired t-test over seeds (its tail integrated numerically); nan for one seed."""
+    d = np.subtract(a, b)
+    n = len(d)
+    if n < 2 or d.std() == 0:
+        return math.nan
+    t, nu = d.mean() / (d.std(ddof=1) / n ** 0.5), n - 1
+    x = np.linspace(0, abs(t), 20_001)
+    pdf = math.gamma((nu + 1) / 2) / (math.gamma(nu / 2) * (nu * math.pi) ** 0.5) * (1 + x ** 2 / nu) ** (-(nu + 1) / 2)
+    return 0.5 - math.copysign(np.trapezoid(pdf, x), t)
+
+
+def percent(values: list[float]) -> str:
+    m, se = mean_se([100 * v for v in values])
+    return f"{m:.1f}" + (f" ± {se:.1f}" if not math.isnan(se) else "")
+
+
+class Results:
+    """The logs of one or more seeds of a run, side by side."""
+
+    def __init__(self, folders: list[Path]):
+        self.logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+
+    def value(self, key: str, name: str) -> list:
+        return [r[name] for log in self.logs for r in log if r.get("key") == key]
+
+    def curve(self, phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (n,) and values (seeds, n)."""
+        rows = [[(r["step"], r[name]) for r in log if r.get("phase") == phase and name in r] for log in self.logs]
+        n = min(map(len, rows))
+        return np.array([s for s, _ in rows[0][:n]]), np.array([[v for _, v in row[:n]] for row in rows])
+
+
+def plot(path: Path, title: str, ylabel: str, curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str = "updates"):
+    """Means over seeds with a band of one standard error."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(5, 3.4), constrained_layout=True)
+    for label, (x, y) in curves.items():
+        ax.plot(x, y.mean(0), marker="." if len(x) < 20 else None, label=label)
+        if len(y) > 1:
+            se = y.std(0, ddof=1) / len(y) ** 0.5
+            ax.fill_between(x, y.mean(0) - se, y.mean(0) + se, alpha=0.2)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    if len(curves) > 1:
+        ax.legend(frameon=False)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+ARMS = {"base": "base", "ntp": "NTP", "ntp-long": "NTP, RA3's compute", "ra3": "RA3"}
+
+
+def report(folder: Path, seeds: list[int], s: Settings) -> dict:
+    """Write report.md and the figures of the main experiment; returns the numbers of its last line."""
+    res = Results([folder / f"seed{seed}" for seed in seeds])
+    rl = [a for a in ("base", "ntp", "ra3") if res.value(f"eval/rlvr-{a}", "greedy")]
+    rows = [(ARMS[a], f"eval/{a}") for a in ARMS] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
+    table = ["| model | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|"]
+    table += ["| " + " | ".join([label] + [percent(res.value(key, k)) for k in ("greedy", "pass@1", "pass@5")]) + " |" for label, key in rows]
+    text = [f"# {folder.name}: {len(seeds)} seed(s), {s.eval_problems} held-out problems", "",
+            "Percent solved, mean ± standard error over seeds.", "", *table, ""]
+    numbers: dict = {key.removeprefix("eval/"): {k: round(mean_se(res.value(key, k))[0], 4) for k in ("greedy", "pass@1", "pass@5")} for _, key in rows}
+    for a, b in (("ra3", "ntp"), ("ra3", "ntp-long"), ("ra3", "base")):
+        for k in ("greedy", "pass@1"):
+            x, y = res.value(f"eval/{a}", k), res.value(f"eval/{b}", k)
+            p = paired_p(x, y)
+            text.append(f"- {k}: {ARMS[a]} - {ARMS[b]} = {percent(np.subtract(x, y))} points" + ("" if math.isnan(p) else f", p = {p:.2g} (paired t, one-sided)"))
+            numbers[f"{a}-{b} {k}"] = round(float(np.mean(np.subtract(x, y))), 4)
+    # Figures 1 and 2
+    if res.value("cost/estep", "seconds"):
+        plot(folder / "estep_reward.png", "E-step reward", "nats per line", {"reward": res.curve("estep", "reward")})
+        plot(folder / "estep_think.png", "Think rate in the E-step", "share of lines", {"all lines": res.curve("estep", "think")})
+        text += ["", "## Figure 1: the E-step", "", "![reward](estep_reward.png) ![think rate](estep_think.png)", ""]
+    think = {k: percent(res.value("rationales", k)) for k in ("think", "think_needed", "think_other")}
+    text += [f"Held-out programs, infused by q: a rationale before {think['think']}% of lines; {think['think_needed']}% where a computation "
+             f"is needed, {think['think_other']}% elsewhere.", "", "| line | lines | think |", "|---|---|---|"]
+    text += [f"| `{form}` | {n} | {z:.0%} |" for form, (n, z) in res.value("rationales", "forms")[0].items()]
+    text += ["", "## Figure 2: programs before and after infusion", ""]
+    for before, after in res.value("rationales", "programs")[0][:4]:
+        text += ["```python", before.replace("<|endoftext|>", "").rstrip(), "```", "", "```python", after.replace("<|endoftext|>", "").rstrip(), "```", ""]
+    # Figures 3 to 5
+    mid = ("ntp", "ra3")
+    plot(folder / "mstep_nll.png", "Held-out cross-entropy, same action tokens", "nats per action token", {ARMS[a]: res.curve(a, "nll") for a in mid})
+    plot(folder / "mid_accuracy.png", "Accuracy during mid-training", "greedy pass@1", {ARMS[a]: res.curve(a, "greedy") for a in mid})
+    last = {a: res.curve(a, "nll")[1][:, -1] for a in ("ntp", "ntp-long", "ra3")}
+    text += ["## Figures 3 and 4: the M-step", "", "![cross-entropy](mstep_nll.png) ![accuracy](mid_accuracy.png)", "",
+             "Action cross-entropy at the end, nats per token: " + ", ".join(f"{ARMS[a]} {mean_se(v)[0]:.4f} ± {mean_se(v)[1]:.4f}" for a, v in last.items()) + ".", ""]
+    numbers |= {f"nll {a}": round(float(v.mean()), 5) for a, v in last.items()} | {k: round(float(np.mean(res.value("rationales", k))), 4) for k in think}
+    if rl:
+        curves = {ARMS[a]: res.curve(f"rlvr-{a}", "greedy") for a in rl}
+        plot(folder / "rlvr.png", "RLVR on held-out problems", "greedy pass@1", curves)
+        text += ["## Figure 5: RLVR", "", "![RLVR](rlvr.png)", "", "| from | mean of the curve | end of the curve |", "|---|---|---|"]
+        text += [f"| {label} | {percent(y.mean(1))} | {percent(y[:, -1])} |" for label, (x, y) in curves.items()]
+    costs = {r["key"][5:]: r for r in res.logs[0] if r.get("key", "").startswith("cost/")}
+    text += ["", "## Cost (first seed)", "", "| stage | seconds | million tokens through the model (a training token counts three times) |", "|---|---|---|"]
+    text += [f"| {k} | {r['seconds']:.0f} | {r['compute'] / 1e6:.1f} |" for k, r in costs.items()]
+    write_atomically(folder / "report.md", "\n".join(text) + "\n")
+    print("\n".join(table))
+    return numbers
+
+
+def report_ablations(folder: Path, seeds: list[int], s: Settings) -> dict:
+    """Write report.md of the ablations; returns the numbers of its last line."""
+    text = ["| variant | think rate | action cross-entropy (nats/token) | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|---|---|"]
+    numbers, curves = {}, {}
+    for name in ABLATIONS:
+        res = Results([folder / slug(name) / f"seed{seed}" for seed in seeds])
+        nll = res.curve("ra3", "nll")[1][:, -1]
+        text.append(f"| {name} | {percent(res.value('rationales', 'think'))}% | {mean_se(nll)[0]:.4f} | " +
+                    " | ".join(percent(res.value("eval/ra3", k)) for k in ("greedy", "pass@1", "pass@5")) + " |")
+        numbers[name] = {k: round(mean_se(res.value("eval/ra3", k))[0], 4) for k in ("greedy", "pass@1", "pass@5")}
+        curves[name] = res.curve("ra3", "greedy")
+    plot(folder / "ablation_c.png", "The penalty c", "greedy pass@1", {k: v for k, v in curves.items() if k.startswith("c=")})
+    plot(folder / "ablation_other.png", "What makes the difference", "greedy pass@1", {k: v for k, v in curves.items() if not k.startswith("c=") or k == f"c={s.c:g}"})
+    body = [f"# {folder.name}: ablations, {len(seeds)} seed(s)", "", *text, "", "![c](ablation_c.png) ![others](ablation_other.png)"]
+    write_atomically(folder / "report.md", "\n".join(body) + "\n")
+    print("\n".join(text))
+    return numbers
+
+
+def slug(name: str) -> str:
+    return name.replace("=", "_").replace(" ", "_")
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def versions() -> dict:
+    """Where and with what a run was made."""
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return dict(commit=git("rev-parse", "HEAD") or None, changed=bool(git("status", "--porcelain")), python=platform.python_version(),
+                torch=torch.__version__, numpy=np.__version__, cpus=os.cpu_count(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+
+
+def start_folder(s: Settings) -> Path:
+    """Make runs/<name> with its config.json, or check that a run to be resumed is there and was started with the same settings."""
+    folder = Path("runs") / (s.name or time.strftime("%Y%m%d-%H%M%S"))
+    config = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("name", "resume", "threads")}
+    if s.resume:
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder} holds no run to resume; leave out --resume to start one")
+        old = json.loads((folder / "config.json").read_text())["settings"]
+        for k, v in config.items():
+            if old.get(k) != v:
+                raise ValueError(f"--{k.replace('_', '-')} {v}: {folder} was started with {old.get(k)}; resume with the same settings")
+    elif folder.exists():
+        raise ValueError(f"{folder} exists; go on with it by --resume, or choose another --name")
+    else:
+        folder.mkdir(parents=True)
+        write_atomically(folder / "config.json", json.dumps(dict(settings=config, **versions()), indent=1))
+    return folder
+
+
+def main(s: Settings):
+    s.check()
+    local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(s.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    if ranks > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if s.pretrain:
+        return pretrain(Run(s, Path(s.pretrain), s.seed), s.pretrain)
+    first = ranks == 1 or dist.get_rank() == 0
+    base = GPT.from_pretrained(s.model)
+    shared = [str(start_folder(s)) if first else None]
+    if ranks > 1:
+        dist.broadcast_object_list(shared)
+    folder, seeds = Path(shared[0]), list(range(s.seed, s.seed + s.seeds))
+    variants = ABLATIONS if s.ablations else {"": {}}
+    began = time.time()
+    with Sandbox(workers=max(1, len(os.sched_getaffinity(0)) // ranks)) as box:
+        for name, flags in variants.items():
+            for seed in seeds:
+                run = Run(dataclasses.replace(s, **flags), folder / slug(name) / f"seed{seed}", seed)
+                data = load_data(run.s, base, run.device)
+                (ablation if s.ablations else experiment)(run, base.to(run.device), data, box)
+    if first:
+        numbers = (report_ablations if s.ablations else report)(folder, seeds, s)
+        print(f"{folder / 'report.md'}: tables and figures; {(time.time() - began) / 60:.1f} minutes")
+        print(json.dumps(dict(run=str(folder), seeds=seeds, minutes=round((time.time() - began) / 60, 2), **numbers)))
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_flags())
+    except (ValueError, OSError) as e:
+        # What a user can mend is said in one sentence; anything else is our bug and deserves its traceback.
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
