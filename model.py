@@ -162,7 +162,7 @@ class GPT(nn.Module):
 
         Rows are padded on the right; causality keeps the padding out of every real position.
         cache: tokens continue each row at its own `cache.length`; the caller then advances `length` by the tokens it keeps.
-        doc:   (B, T) document numbers of a packed batch: a token sees its own document only, and positions restart there.
+        doc:   (B, T) document numbers of a packed batch: a token sees its own document only.
         head:  False returns the last hidden states (B, T, D) instead; filling a cache needs no logits, which for 150k tokens weigh most.
         Raises ValueError if a position lies beyond the configured context.
         """
@@ -175,7 +175,7 @@ class GPT(nn.Module):
         elif doc is not None:
             same = doc[:, :, None] == doc[:, None, :]
             mask = (same & (steps[:, None] >= steps))[:, None]                                        # (B, 1, T, T)
-            pos, end = steps - _first_of_document(doc), T
+            pos, end = steps[None], T       # rotary positions are relative: they need not restart with each document
         else:
             pos, mask, end = steps[None], None, T
         if end > self.config.context:
@@ -234,14 +234,6 @@ class GPT(nn.Module):
         config = write_config(self.config, dtype or self.embed_tokens.weight.dtype)
         write_whole(Path(folder) / "model.safetensors", lambda tmp: save_file(weights, tmp, metadata={"format": "pt"}))
         write_whole(Path(folder) / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2) + "\n"))
-
-
-def _first_of_document(doc: Tensor) -> Tensor:
-    """Index at which each token's document begins: doc (B, T) -> (B, T)."""
-    T = doc.shape[1]
-    begins = torch.ones_like(doc, dtype=torch.bool)
-    begins[:, 1:] = doc[:, 1:] != doc[:, :-1]
-    return torch.cummax(torch.arange(T, device=doc.device) * begins, dim=1).values
 
 
 # ------------------------------------------------------------------------------------------------- KV cache and sampling
