@@ -592,12 +592,16 @@ def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "",
         if not (files := sorted(Path(data_dir).glob(pattern))):
             raise ValueError(f"{data_dir} has no file {pattern}: put the rows of {source.hub} there, one JSON object per line")
         return local_rows(files)
-    shots = {r["task_id"]: r for r in rows("prompt")} if source.shots else {}
-    make = partial(source.problem, shots=[shots[i] for i in source.shots]) if shots else source.problem
+    shots = [r for r in rows("prompt") if r.get("task_id") in source.shots] if source.shots else []
+    if len(shots) != len(source.shots):
+        raise ValueError(f"{name}: the split 'prompt' lacks one of the examples {source.shots}; take it from {source.hub}, or use mbpp-docstring")
+    make = partial(source.problem, shots=shots) if shots else source.problem
     out: list[Problem] = []
     for n, row in enumerate(rows(split or source.split), 1):
         try:
-            p = make(row)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                           # of odd escapes in other people's strings
+                p = make(row)
         except KeyError as e:
             raise ValueError(f"{name}: row {n} has no column {e}; its columns are {', '.join(row)}") from None
         except Exception as e:                                            # nothing is known of a row that is not what it should be
@@ -660,12 +664,12 @@ def standard_library() -> str:
 class Corpus:
     """Python programs of a hub dataset, of a JSONL, Parquet or .py file, or of a folder of them: iterate to read on.
 
-        for program in Corpus("codeparrot/codeparrot-clean-valid", column="content", limit=2048, size=lambda s: len(enc.encode_ordinary(s))): ...
+        for program in Corpus("codeparrot/codeparrot-clean-valid", "content", limit=2048, size=lambda s: len(enc.encode_ordinary(s))):
 
     Comment lines are stripped, what is not Python 3 is dropped, and a program longer than `limit` (as `size` measures: characters, or
-    tokens as above) is cut between top-level statements. `dropped` counts what was left out. With `rank` of `ranks`, every ranks-th row is
-    read. `position` says what has been handed out: save it, and a Corpus made with it reads on from there. Raises ValueError for a name, file, row or
-    column that is not there, and if nothing in the whole corpus is Python.
+    tokens as above) is cut between top-level statements. `dropped` counts what was left out. With `rank` of `ranks`, every ranks-th row
+    is read. `position` says what has been handed out: save it, and a Corpus made with it reads on from there. Raises ValueError for a name,
+    file, row or column that is not there, and if nothing in the whole corpus is Python.
     """
     name: str
     column: str = "text"
@@ -711,20 +715,23 @@ class Corpus:
         try:
             text = strip_comments(plain(text))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")                           # of odd escapes in other people's strings
+                warnings.simplefilter("ignore")
                 tree = ast.parse(text)                                    # the tokenizer alone takes English for Python
         except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
             self.dropped["not Python"] += 1
             return []
-        lines, out = text.split("\n"), [""]
-        begins = sorted({min([s.lineno] + [d.lineno for d in getattr(s, "decorator_list", [])]) - 1 for s in tree.body})
-        for a, b in zip([0] + begins[1:], begins[1:] + [len(lines)]):
-            piece = "\n".join(lines[a:b]) + "\n"
+        if not tree.body:
+            self.dropped["empty"] += 1
+            return []
+        lines, out = text.splitlines(keepends=True), [""]
+        begins = sorted({min([s.lineno, *(d.lineno for d in getattr(s, "decorator_list", []))]) - 1 for s in tree.body})
+        for a, b in zip([0, *begins[1:]], [*begins[1:], len(lines)]):     # what stands above the first statement goes with it
+            piece = "".join(lines[a:b])
             if out[-1] and self.size(out[-1] + piece) > self.limit:
                 out.append("")
             out[-1] += piece
-        kept = [s.strip("\n") + "\n" for s in out if tree.body and self.size(s) <= self.limit]
-        self.dropped.update({"too long": len(out) - len(kept) if tree.body else 0, "empty": 0 if tree.body else 1})
+        kept = [s.strip("\n") + "\n" for s in out if self.size(s) <= self.limit]
+        self.dropped["too long"] += len(out) - len(kept)
         return kept
 
 

@@ -1,0 +1,452 @@
+"""Problems, scores, corpora: every loader on rows written here, real rows where a folder of them is at hand.
+
+What needs the real data looks for it in RA3_DATA or beside the checkout, and is skipped without it. All references of a benchmark:
+
+    python bench.py --check-references --data-dir DATA --benchmarks humaneval,mbpp,humanevalplus,mbppplus,leetcode:train,code_contests:train
+"""
+import base64
+import itertools
+import json
+import os
+import pickle
+import random
+import re
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+
+import bench
+from bench import Corpus, Problem, load
+from elbo import parse, statements
+from model import GPT, GPT2_TIKTOKEN, GPTConfig, Sample, save_tokenizer
+from sandbox import Asserts, Check, Sandbox, Stdio
+
+DATA = Path(os.environ.get("RA3_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real benchmark rows: set RA3_DATA to a folder laid out as bench.SOURCES says")
+EOS = 256
+ENC = tiktoken.Encoding("bytes", pat_str=GPT2_TIKTOKEN, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|endoftext|>": EOS})
+
+
+@pytest.fixture(scope="module")
+def box():
+    with Sandbox(2) as box:
+        yield box
+
+
+# ---- rows in the columns of the hub, one or two of each benchmark ----
+
+HUMANEVAL = dict(task_id="HumanEval/0", prompt='import math\n\n\ndef area(r):\n    """ Area of a circle. """\n', entry_point="area",
+                 canonical_solution="\n\n    # pi r squared\n    square = r * r\n\n    return math.pi * square\n\n",
+                 test="def check(candidate):\n    assert candidate(0) == 0\n    assert abs(candidate(1) - math.pi) < 1e-9\n")
+MBPP = [dict(task_id=i, text=f"Write a function to add {i}.", code=f"def plus(x): \r\n\treturn x + {i}", test_setup_code="",
+             test_list=[f"assert plus(0) == {i}", f"assert plus(1) == {i + 1}"], challenge_test_list=[]) for i in (2, 3, 4, 11)]
+MBPPPLUS = dict(task_id=11, prompt="Write a function to add 11.", code="\ndef plus(x):\n  return x + 11\n", test_imports=["import math"],
+                test_list=["assert plus(0) == 11"], test="inputs = [[0], [5]]\nresults = [11, 16]\nfor i, o in zip(inputs, results):\n    assert plus(*i) == math.floor(o)\n")
+STDIN = dict(question_id="1_A", question_content="Read $\\unlhd$ a number, print its double.", starter_code="", metadata="{}",
+             contest_date="2024-01-15T00:00:00", public_test_cases=json.dumps([dict(input="1\n", output="2\n", testtype="stdin")]),
+             private_test_cases=base64.b64encode(zlib.compress(pickle.dumps(json.dumps([dict(input="4\n", output="8\n", testtype="stdin")])))).decode())
+METHOD = dict(question_id="2", question_content="Pair x and y.", starter_code="class Solution:\n    def pair(self, x: int, y: int) -> List[int]:\n        ",
+              metadata='{"func_name": "pair"}', contest_date="2024-03-02T00:00:00", private_test_cases="[]",
+              public_test_cases=json.dumps([dict(input="1\n2", output="[1, 2]", testtype="functional")]))
+CONTEST = dict(name="1_A. Sum", description="Print the sum.", source=2, input_file="", time_limit=None,
+               public_tests=dict(input=["1 2\n"], output=["3\n"]), private_tests=dict(input=["4 5\n"], output=["9\n"]), generated_tests=dict(input=[], output=[]),
+               solutions=dict(language=[2, 3], solution=["int main() {}", "# by me\nprint(sum(map(int, input().split())))\n"]))
+LEETCODE = dict(task_id="twice", prompt="from typing import *\n", query='Double """x""".\n```python\nclass Solution:\n    def twice(self, x: int) -> int:\n```',
+                completion="class Solution:\n    def twice(self, x: int) -> int:\n        # shift\n        return x + x\n",
+                entry_point="Solution().twice", test="def check(candidate):\n    assert candidate(x = 2) == 4\n")
+
+
+def write(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A --data-dir with those rows."""
+    d = tmp_path_factory.mktemp("data")
+    write(d / "openai_humaneval/test.jsonl", [HUMANEVAL])
+    write(d / "humanevalplus/test.jsonl", [HUMANEVAL])
+    write(d / "mbpp/full/prompt.jsonl", MBPP[:3])
+    write(d / "mbpp/full/test.jsonl", MBPP[3:])
+    write(d / "mbppplus/test.jsonl", [MBPPPLUS])
+    write(d / "livecodebench/all.jsonl", [STDIN, METHOD])
+    write(d / "code_contests/test_sample.jsonl", [CONTEST, CONTEST | dict(name="file", input_file="in.txt"), CONTEST | dict(name="other", source=7)])
+    write(d / "leetcode_dataset/train.jsonl", [LEETCODE])
+    return d
+
+
+# ---- loaders ----
+
+
+def test_humaneval_row(data):
+    [p] = load("humaneval", data)
+    assert p.prompt == 'import math\n\n\ndef area(r):\n    """ Area of a circle. """\n   '      # the cut: before the last space
+    assert p.solution.rstrip() == " square = r * r\n\n    return math.pi * square"
+    assert p.job("x") == Check(p.prompt + "x", HUMANEVAL["test"], "area", HUMANEVAL["prompt"], 10.0)
+    assert load("humanevalplus", data)[0].timeout_s > 26                                        # the slowest right answer
+
+
+def test_mbpp_rows_in_both_formats(data):
+    [shots], [zero], [plus] = load("mbpp", data), load("mbpp-docstring", data), load("mbppplus", data)
+    assert shots.prompt.count("[BEGIN]") == 4 and shots.prompt.count("[DONE]") == 3 and shots.prompt.endswith("assert plus(1) == 12\n[BEGIN]\n")
+    assert "\r" not in shots.prompt and "    return x + 2\n[DONE]" in shots.prompt.replace("\t", "    ")
+    assert zero.prompt == '"""\nWrite a function to add 11.\n\nassert plus(0) == 11\nassert plus(1) == 12\n"""\n'
+    assert shots.solution == zero.solution == "def plus(x): \n    return x + 11\n"
+    assert shots.job("x") == Asserts("x", tuple(MBPP[3]["test_list"]), "", ("plus",), 10.0)     # the examples are no program
+    assert zero.job("x").source == zero.prompt + "x"
+    assert plus.tests == (MBPPPLUS["test"],) and plus.setup == "import math" and plus.names == ("plus",)
+
+
+def test_livecodebench_rows_and_date_window(data):
+    stdin, method = load("livecodebench", data)
+    assert stdin.job("x") == Stdio(stdin.prompt + "x", (("1\n", "2\n"), ("4\n", "8\n")), 10.0)  # public and private
+    assert stdin.prompt.startswith('r"""') and compile(stdin.prompt, "p", "exec")               # \u would be an escape
+    assert method.kind == "check" and method.names == ("Solution().pair",) and "def pair(self, x: int" in method.prompt
+    ids = lambda **window: [p.id for p in load("livecodebench", data, **window)]
+    assert ids(since="2024-01-16") == ids(since="2024-03-02") == ["lcb/2"]
+    assert ids(until="2024-03-02") == ids(since="2024-01-15", until="2024-02-01") == ["lcb/1_A"]
+    with pytest.raises(ValueError, match="--since"):
+        load("livecodebench", data, since="2025-01-01")
+    with pytest.raises(ValueError, match="YYYY-MM-DD"):
+        load("livecodebench", data, since="2025")
+
+
+def test_private_test_cases_are_text_or_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+    for payload in (pickle.dumps(Evil()), pickle.dumps(os.getcwd), b"junk"):
+        with pytest.raises(ValueError, match="do not decode"):
+            bench.decode_cases(base64.b64encode(zlib.compress(payload)).decode())
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_stdin_rows(data):
+    everything, codeforces = load("code_contests", data), load("codeforces", data)
+    assert [p.id for p in everything] == ["1_A. Sum", "other"] and [p.id for p in codeforces] == ["1_A. Sum"]
+    assert codeforces[0].solution == "print(sum(map(int, input().split())))\n" and len(codeforces[0].tests) == 2
+
+
+def test_leetcode_row(data):
+    [p] = load("leetcode:train", data)
+    assert p.prompt.count('"""') == 2 and p.prompt.endswith('"""\n') and "# shift" not in p.solution
+    assert p.job("x") == Check(p.prompt + "x", LEETCODE["test"], "Solution().twice", LEETCODE["prompt"], 10.0)
+    assert bench.demonstrations("leetcode:train", data) == [p] and not load("livecodebench", data)[0].solution
+    assert load(f"leetcode@{data}/leetcode_dataset/train.jsonl") == [p]                         # rows of that kind from elsewhere
+
+
+def test_references_of_the_rows_pass_and_wrong_ones_fail(data, box):
+    problems = [p for name in ("humaneval", "mbpp", "mbpp-docstring", "mbppplus", "code_contests", "leetcode:train") for p in load(name, data)]
+    assert [v.kind for v in bench.judge(box, [p.job(p.solution) for p in problems])] == ["passed"] * len(problems)
+    wrong = [p.solution.replace("+ 11", "+ 12").replace("x + x", "x").replace("sum", "max").replace("r * r", "r") for p in problems]
+    passed = [v.passed for v in bench.judge(box, [p.job(w) for p, w in zip(problems, wrong)])]
+    assert passed == [p.id == "HumanEval/0" for p in problems]                                  # r = r * r at 0 and 1, all that is tested
+    stdin, method = load("livecodebench", data)
+    good = [stdin.job("print(2 * int(input()))"), method.job("class Solution:\n    def pair(self, x, y): return (x, y)")]
+    bad = [stdin.job("print(2)"), method.job("class Solution:\n    def pair(self, x, y): return (y, x)")]
+    assert [v.passed for v in box.run(good + bad)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", list(bench.SOURCES))
+def test_prompts_end_at_a_decision_point(name, data):
+    for p in load(name + (":train" if name == "leetcode" else ""), data):
+        if p.solution:
+            program = parse(ENC, p.prompt, p.solution, EOS)
+            assert ENC.decode(program.prompt) == p.prompt and ENC.decode(sum(program.lines, [])[:-1]) == p.solution
+            first = p.solution[:len(p.solution) - len(p.solution.lstrip(" "))]
+            assert len(first) <= 1 and not any(line.lstrip().startswith("#") for line in p.solution.splitlines())
+
+
+def test_a_separator_that_is_no_newline_does_not_shift_the_cut():
+    prompt, solution = bench.cut("def f(x):\n    '''a\u2028b\x0cc\n    '''\n", "    # gone\n    return x\n")
+    assert prompt.endswith("'''\n   ") and solution == " return x\n"
+
+
+# ---- stop rules ----
+
+
+@pytest.mark.parametrize("text, stop, kept", [
+    (" return 1\n\ndef g():\n    pass", bench.IN_FUNCTION, " return 1\n"),
+    (" if x:\n        return 1\n    # why\n    return 2\nprint(f(1))", bench.IN_FUNCTION, " if x:\n        return 1\n    # why\n    return 2"),
+    ("import math\ndef f():\n    return 1\n# next\nassert f() == 1", bench.PROGRAM, "import math\ndef f():\n    return 1\n# next"),
+    ("n = int(input())\nif n:\n    print(n)\n```\nIt", bench.SCRIPT, "n = int(input())\nif n:\n    print(n)"),
+    ("def f():\n    return 1\n[DONE]\n\nYou", ("[DONE]",), "def f():\n    return 1\n"),
+    ("no end", bench.SCRIPT, "no end")])
+def test_a_completion_ends_at_its_stop_text(text, stop, kept):
+    tokens = ENC.encode_ordinary(text)
+    assert bench.completion(ENC, tokens + [EOS], EOS, stop) == kept
+    stopped = bench.stopper(ENC, stop)
+    at = next((n for n in range(1, len(tokens) + 1) if stopped(tokens[:n])), None)
+    if at is None:
+        assert kept == text
+    else:                                                                                       # not a token too early or too late
+        assert any(ENC.decode(tokens[:at]).endswith(s) for s in stop) and bench.completion(ENC, tokens[:at], EOS, stop) == kept
+
+
+def test_the_stopper_sees_a_stop_text_inside_one_long_token():
+    word = b" 1\ndef solve"
+    enc = tiktoken.Encoding("one", pat_str=".+", mergeable_ranks={bytes([i]): i for i in range(256)} | {word: 256}, special_tokens={})
+    assert bench.stopper(enc, ("\ndef", "\nclass"))([*b"    return", 256])
+
+
+# ---- pass@k, results file, table ----
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+                assert bench.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    for n, c, k in ((3, 4, 1), (3, 1, 4), (3, 1, 0), (3, -1, 1)):
+        with pytest.raises(ValueError, match="samples"):
+            bench.pass_at_k(n, c, k)
+
+
+def tiny_model(context=256) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=EOS + 1, d_model=16, n_layer=1, n_head=2, n_kv_head=1, head_dim=8, d_ff=16, context=context, eos_id=EOS))
+
+
+def test_scores_can_be_recomputed_from_the_file(data, box, tmp_path, monkeypatch):
+    """Samples are dictated: the j-th of a problem is right where the plan says so, and runs on past its end."""
+    problems = load("mbpp-docstring", data) + load("humaneval", data)
+    problems.append(Problem("long", "x" * 300 + "\n", "", ("assert f() == 1",)))                # does not fit 256 tokens
+    plan = {"mbpp/11": [1, 0, 1, 0, 0], "HumanEval/0": [0, 0, 0, 0, 1], "long": [0] * 5}
+    by_crc = {zlib.crc32(p.id.encode()): p for p in problems}
+
+    def dictated(model, prompts, *, seeds, stop, **_):
+        out = []
+        for prompt, (seed, crc, j) in zip(prompts, seeds):
+            p = by_crc[crc]
+            assert seed == 7 and ENC.decode(prompt) == p.prompt
+            text = p.solution if plan[p.id][j] else p.solution.replace("return", "return 5 +")
+            out.append(Sample(ENC.encode_ordinary(text.rstrip() + "\nassert False, 'ran on'"), [], True))
+        return out
+    monkeypatch.setattr(bench, "generate", dictated)
+    rows = list(bench.evaluate(tiny_model(), ENC, "mixed", problems, box, samples=5, seed=7, batch_size=1, max_new_tokens=9))
+    assert {p.id: [r["passed"] for r in rows if r["id"] == p.id] for p in problems} == {k: [bool(x) for x in v] for k, v in plan.items()}
+    assert {r["kind"] for r in rows if r["id"] == "long"} == {"prompt too long"} and "ran on" not in rows[0]["completion"]
+    scores = bench.score_file(write(tmp_path / "r.jsonl", [{"settings": {}}, *random.Random(0).sample(rows, len(rows))]))
+    assert scores == bench.score(rows)
+    # pass@1 is 40, 20 and 0 (standard deviation 20), pass@5 100, 100 and 0 (57.735)
+    assert scores["mixed"] == {"problems": 3, "samples": 5, "pass@1": 20, "se@1": pytest.approx(20 / 3**0.5, abs=1e-3),
+                               "pass@5": pytest.approx(200 / 3, abs=1e-3), "se@5": pytest.approx(57.735 / 3**0.5, abs=1e-3)}
+
+
+def test_samples_do_not_depend_on_the_batch(data, box):
+    problems = [p for name in ("humaneval", "mbpp-docstring", "code_contests") for p in load(name, data)]
+    runs = [[r["completion"] for r in bench.evaluate(tiny_model(), ENC, "b", ps, box, samples=2, temperature=1.0, batch_size=b, max_new_tokens=12)]
+            for ps, b in ((problems, 1), (problems, 64), (problems[1:], 64))]
+    assert runs[0] == runs[1] and runs[0][2:] == runs[2] and len(set(runs[0])) > 1
+
+
+def test_table_has_the_papers_columns():
+    one = lambda x: {"pass@1": x, "se@1": 1.0, "pass@5": x + 10}
+    lines = bench.table("m", "RA3", {"mbpp": one(20.0), "humaneval": one(10.0), "leetcode": {"pass@1": 5.0, "se@1": None}}).splitlines()
+    assert lines[0] == "| model | method | HumanEval | MBPP | HumanEval+ | MBPP+ | avg pass@1 | avg pass@5 | leetcode |"
+    assert lines[2] == "| m | RA3 | 10.0 +- 1.0 | 20.0 +- 1.0 | - | - | 15.0 | 25.0 | 5.0 |"
+
+
+# ---- fitness for RL ----
+
+
+def test_trivial_programs_and_failing_references_are_found(box):
+    problems = [Problem("none", "", "def f(x):\n    return None\n", ("assert f(1) is None",)),
+                Problem("broken", "", "def f(x):\n    return 3\n", ("assert f(1) == 2",)),
+                Problem("fit", "", "def f(x):\n    return x * 2\n", ("assert f(1) == 2", "assert f(2) == 4")),
+                Problem("last", "", "", ("assert f(1, x=2) == 2", "assert f(3, x=4) == 4")),
+                Problem("method", "", "class Solution:\n    def g(self, x):\n        return []\n", ("def check(c):\n    assert c(x=1) == []\n",), "check", ("Solution().g",)),
+                Problem("echo", "", "print(input())\n", (("5\n", "5\n"),), "stdio", ()),
+                Problem("twice", "", "print(2 * int(input()))\n", (("5\n", "10\n"),), "stdio", ())]
+    kept, out = bench.fit_for_rl(problems, box)
+    assert [p.id for p in kept] == ["fit", "twice"]
+    assert "reference fails" in out.pop("broken") and set(out) == {"none", "last", "method", "echo"}
+    assert all("trivial program passes" in why for why in out.values()) and "args[-1]" in out["last"] + "args[-1]"
+
+
+@needs_data
+def test_trivial_programs_pass_just_these_of_mbpp(box):
+    rng = random.Random(0)
+    mbpp = load("mbpp-docstring:train", DATA) + load("mbpp-docstring", DATA) + load("mbpp-docstring:validation", DATA)
+    known = {f"mbpp/{i}" for i in (404, 698, 816, 847, 890, 899, 951)}
+    others = rng.sample([p for p in mbpp if p.id not in known | {"mbpp/367", "mbpp/601", "mbpp/927"}], 9)
+    kept, out = bench.fit_for_rl([p for p in mbpp if p.id in known] + others, box)
+    assert set(out) == known and kept == others
+
+
+# ---- real rows ----
+
+
+@needs_data
+@pytest.mark.parametrize("name, count, sample", [("humaneval", 164, 30), ("mbpp:train", 374, 30), ("humanevalplus", 164, 3), ("mbppplus", 378, 5),
+                                                 ("leetcode:train", 1890, 15), ("code_contests:train", 300, 3)])
+def test_references_of_real_rows_pass(name, count, sample, box):
+    problems = load(name, DATA)
+    assert len(problems) == count and len({p.id for p in problems}) == count
+    # Left out, as no right answer passes: instances of the program's own class as arguments, modules that no sandbox has, wrong oracles,
+    # several right answers, answers that take longer than a test suite should.
+    unfit = {f"mbpp/{i}" for i in (367, 601, 927, 255, 271, 392, 599)} | {f"HumanEval/{i}" for i in (15, 32, 130, 139)}
+    whole = [p for p in problems if p.id not in unfit and not re.search("SortedList|numpy", p.solution)]
+    picked = random.Random(name).sample(whole, sample)
+    verdicts = bench.judge(box, [p.job(p.solution) for p in picked])
+    failed = [(p.id, v) for p, v in zip(picked, verdicts) if not v.passed]
+    assert len(failed) <= (2 if name == "code_contests:train" else 0), failed                   # 258 of 300 can pass there
+
+
+@needs_data
+def test_real_rows_without_references_load():
+    lcb = load("livecodebench", DATA)
+    assert len(lcb) == 400 and sum(p.kind == "stdio" for p in lcb) == 219
+    private = next(p for p in lcb if p.id == "lcb/abc301_a")
+    assert len(private.tests) > 3 and len(load("livecodebench", DATA, since="2024-01-01", until="2024-03-01")) < 100
+    assert len(load("code_contests", DATA)) == 165
+
+
+# ---- corpora ----
+
+GOOD = "# a comment line\nimport os\n\n\n@property\ndef f(x):\n    # why\n    return x  # kept\n\n\nclass A:\n    y = 1\n"
+
+
+def test_programs_are_cleaned_cut_and_counted(tmp_path):
+    rows = [GOOD, "This is a text, no program", "print 'python 2'", "", "x = 1\r\n", None, "if x:\n", "s = '''" + "y" * 400 + "'''\n"]
+    corpus = Corpus(str(write(tmp_path / "c.jsonl", [{"content": t} for t in rows])), column="content", limit=200)
+    assert list(corpus) == ["import os\n\n\n@property\ndef f(x):\n    return x  # kept\n\n\nclass A:\n    y = 1\n", "x = 1\n"]
+    assert corpus.dropped == {"not Python": 4, "empty": 1, "too long": 1}
+    pieces = list(Corpus(corpus.name, column="content", limit=60))
+    assert pieces[:2] == ["import os\n\n\n@property\ndef f(x):\n    return x  # kept\n", "class A:\n    y = 1\n"]       # the decorator stays
+    assert all(len(s) <= 60 for s in pieces)
+
+
+def test_ranks_share_the_rows_and_a_resumed_corpus_reads_on(tmp_path):
+    for i in range(7):
+        (tmp_path / f"{i}.py").write_text(f"a = {i}\n\n\ndef f():\n    return {i}\n")
+    make = lambda **kw: Corpus(str(tmp_path), limit=25, **kw)
+    whole = list(make())
+    assert len(whole) == 14 and sorted(sum((list(make(rank=r, ranks=3)) for r in range(3)), [])) == sorted(whole)
+    for rank, ranks in ((0, 1), (1, 2)):
+        straight = list(make(rank=rank, ranks=ranks))
+        for stop in range(len(straight)):
+            first = make(rank=rank, ranks=ranks)
+            head = list(itertools.islice(first, stop))
+            position = tuple(json.loads(json.dumps(first.position)))                            # as a checkpoint stores it
+            assert head + list(make(rank=rank, ranks=ranks, position=position)) == straight
+
+
+def test_parquet_and_the_standard_library(tmp_path):
+    import datasets
+    datasets.Dataset.from_dict({"code": ["x = 1\n", "y = 2\n"]}).to_parquet(str(tmp_path / "p.parquet"))
+    assert list(Corpus(str(tmp_path / "p.parquet"), column="code")) == ["x = 1\n", "y = 2\n"]
+    corpus = Corpus(bench.standard_library(), limit=2000)
+    found = list(itertools.islice(corpus, 15))
+    assert all(len(s) <= 2000 and statements(s) for s in found)
+    assert not any(line.startswith("#") for s in found for line in s.splitlines() if '"""' not in s and "'''" not in s)
+
+
+def test_a_hub_dataset_is_streamed_by_name_and_column(monkeypatch):
+    import datasets
+    from huggingface_hub import HfApi
+    asked = []
+    rows = datasets.Dataset.from_dict({"content": [f"x = {i}\n" for i in range(5)]}).to_iterable_dataset()
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **_: asked.append(name))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **kw: asked.append((a, kw)) or rows)
+    assert list(Corpus("me/code", column="content", position=(3, 0))) == ["x = 3\n", "x = 4\n"]
+    assert asked == ["me/code", (("me/code", None), {"split": "train", "streaming": True})]
+
+
+# ---- bad input: one sentence that names the value and says what to do ----
+
+
+def test_bad_input_gets_one_clear_sentence(data, tmp_path):
+    humaneval = json.dumps(HUMANEVAL) + "\n"
+    cases = {"cut.jsonl": humaneval + '{"task_id": ', "list.jsonl": "[1]\n", "column.jsonl": json.dumps({"task_id": 1}), "empty.jsonl": "",
+             "prompt.jsonl": json.dumps(HUMANEVAL | {"prompt": None}), "latin.jsonl": b"\xe9".decode("latin-1")}
+    says = {"cut.jsonl": "line 2", "list.jsonl": "line 1", "column.jsonl": "row 1 has no column 'prompt'", "empty.jsonl": "empty",
+            "prompt.jsonl": "row 1 is unreadable", "latin.jsonl": "line 1"}
+    for name, text in cases.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=says[name]) as e:
+            load(f"humaneval@{tmp_path / name}")
+        assert "\n" not in str(e.value)
+    for what, message in ((lambda: load("humaneval", tmp_path / "nowhere"), "no folder .*nowhere"), (lambda: load("nonsense"), "unknown benchmark 'nonsense'"),
+                          (lambda: load("mbppplus", tmp_path), "has no file mbppplus/test.jsonl"),
+                          (lambda: list(Corpus(str(data / "mbpp/full/test.jsonl"), column="txt")), "no column 'txt'; its columns are task_id"),
+                          (lambda: list(Corpus(str(tmp_path / "empty.jsonl"))), "is empty")):
+        with pytest.raises(ValueError, match=message):
+            what()
+    write(tmp_path / "mbpp/full/prompt.jsonl", MBPP[:2])
+    write(tmp_path / "mbpp/full/test.jsonl", MBPP[3:])
+    with pytest.raises(ValueError, match="lacks one of the examples"):
+        load("mbpp", tmp_path)
+    (tmp_path / "poem.py").write_text("Shall I compare thee to a summer's day?\n")
+    (tmp_path / "void").mkdir()
+    with pytest.raises(ValueError, match="not a results file"):
+        bench.score_file(write(tmp_path / "other.jsonl", [{"id": 1}]))
+    for name, message in (("poem.py", "poem.py: nothing in it is a Python program"), ("void", "has no .py")):
+        with pytest.raises(ValueError, match=message):
+            list(Corpus(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["nobody-at-all/no-such-dataset", "a/b/c"])
+def test_a_hub_name_that_cannot_be_had_fails_soon(name):
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=name):
+        list(Corpus(name))
+    assert time.monotonic() - began < 15
+
+
+def test_command_line(tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_model().save_pretrained(model)
+    save_tokenizer(ENC, model)
+    out = str(tmp_path / "results.jsonl")
+    bench.main(["--model", str(model), "--benchmarks", "world", "--limit", "2", "--max-new-tokens", "8", "--out", out, "--workers", "1",
+                "--samples", "2", "--temperature", "1"])
+    printed = capsys.readouterr().out.splitlines()
+    result = json.loads(printed[-1])
+    assert result["scores"]["world"]["problems"] == 2 and printed[-4].endswith("| world |")
+    assert bench.score_file(out) == result["scores"] and len(Path(out).read_text().splitlines()) == 1 + 4
+    bench.main(["--score", out])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"scores": result["scores"]}
+    for bad, message in ((["--samples", "4"], "--temperature 0"), (["--limit", "0"], "--limit must be at least 1; got 0"), (["--model", str(model), "--out", "/proc/x"], "/proc/x"),
+                         (["--benchmarks", "nope"], "unknown benchmark 'nope'"), (["--score", str(model / "config.json")], "config.json, line 1, cannot be read"), ([], "--model is missing")):
+        with pytest.raises(SystemExit) as e:
+            bench.main(["--benchmarks", "world", "--limit", "1", "--workers", "1", *bad])
+        said = capsys.readouterr().err.strip()
+        assert e.value.code == 2 and message in said and len(said.splitlines()) == 1
+
+
+# ---- the embedded world ----
+
+
+def test_world_is_a_function_of_its_arguments_and_splits_are_disjoint():
+    train, held, web = bench.world("train", 60, 0), bench.world("eval", 60, 0), bench.world("web", 60, 0)
+    assert train == bench.world("train", 60, 0) and train != bench.world("train", 60, 1)
+    assert {p.prompt for p in held}.isdisjoint(p.prompt for p in train + web)
+    assert all(len({p.prompt for p in ps}) == 60 and len({p.id for p in ps}) == 60 for ps in (train, held, web))
+    with pytest.raises(ValueError, match="unknown kind"):
+        bench.world("test", 1, 0)
+
+
+def test_world_programs_pass_carry_no_comments_and_no_changed_constant_passes(box):
+    problems = bench.world("train", 12, 1) + bench.world("eval", 12, 1)
+    for p in problems:
+        assert "#" not in p.solution and ENC.decode(parse(ENC, p.prompt, p.solution, EOS).prompt) == p.prompt
+    assert all(v.passed for v in bench.judge(box, [p.job(p.solution) for p in problems]))
+    # A constant stands after + - < >; on values from -70 to 70 one more or less changes what the program returns, unless the step before
+    # or after it makes it void (`x > 9` after `x > 12`), so a few survivors are no fault.
+    mutants = [p.job(p.solution[:m.start(1)] + str(int(m[1]) + d) + p.solution[m.end(1):])
+               for p in problems for m in re.finditer(r"x [-+<>*] (\d+)", p.solution) for d in (1, -1)]
+    survived = sum(v.passed for v in bench.judge(box, mutants))
+    assert len(mutants) > 30 and survived <= len(mutants) // 10
+
+
+def test_web_code_is_commented_here_and_there():
+    share = sum("#" in p.solution for p in bench.world("web", 200, 0)) / 200
+    assert 0.1 < share < 0.9
