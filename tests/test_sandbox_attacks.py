@@ -725,10 +725,21 @@ def test_a_bare_except_in_a_test_hides_no_fault(sandbox, test, source):
 
 def test_names_that_python_or_the_tests_define_are_never_the_programs(sandbox):
     """Without `names`, a program that defines `set` or `helper` changes nothing."""
-    job = Asserts("def f(x): return []\ndef set(x): return 0\ndef helper(x): return 0\n",
-                  ("assert set(f([1, 1])) == set([1])", "assert helper(f([1])) == 1"), "def helper(x): return len(x)")
-    assert not sandbox.run([job])[0].passed
-    assert not sandbox.run([Asserts(job.source, job.tests[1:], job.setup)])[0].passed
+    source = "def f(x): return []\ndef set(x): return 0\ndef helper(x): return 0\n"
+    for test in ("assert set(f([1, 1])) == set([1])", "assert helper(f([1])) == helper([1])"):
+        assert not sandbox.run([Asserts(source, (test,), "def helper(x): return len(x)")])[0].passed
+
+
+@pytest.mark.parametrize("source, kind", [
+    ("write(message('{\"value\": 3, \"records\": []}'))\ndef f(a, b): return 3", "protocol"),
+    ("def f(a, b):\n    write(message('{\"value\": 3, \"records\": []}'))\n    return 3", "protocol"),
+    ("def f(a, b):\n    write(message('{\"value\": 3, \"records\": [], \"ticket\": \"0123456789abcdef\"}'))\n    return 3", "protocol"),
+    ("def f(a, b):\n    write(message('[' * 100000))\n    return 3", "protocol"),
+    ("def f(a, b):\n    write(struct.pack('>I', 2**32 - 1))\n    return 3", "flood"),
+])
+def test_even_a_right_answer_counts_only_as_the_answer_to_the_question(sandbox, source, kind):
+    """An answer ahead of its question, or without its ticket, is a fault although its value is the expected one."""
+    assert sandbox.run([Asserts(FORGE + source, ("assert f(1, 2) == 3",), "", ("f",))])[0].kind == kind
 
 
 # ---- the table of the README ----
