@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import io
 import json
 import math
 import os
@@ -58,7 +59,7 @@ class Settings:
     threads: int = option(0, "CPU threads per process; 0: all cores, shared among the ranks (more only get in each other's way)")
     ablations: bool = option(False, "run the variants of figures 6 and 7 instead of the main experiment")
     pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
-    pretrain_tokens: int = option(14_000_000, "solution tokens of that: arithmetic appears after about 3M in a phase change")
+    pretrain_tokens: int = option(7_000_000, "solution tokens of that: arithmetic appears after about 2M in a phase change")
     # data
     experts: int = option(4096, "expert programs: two to three epochs of the M-step, the same for NTP and RA3")
     eval_problems: int = option(128, "held-out problems of the final scores: a standard error of about 4 points per seed")
@@ -110,6 +111,8 @@ class Settings:
                 need(0 < getattr(self, f.name) < 1, f.name, "a learning rate lies between 0 and 1")
         need(self.e_rollouts >= 2, "e_rollouts", "a baseline needs at least 2 versions of a program")
         need(self.rl_group >= 2, "rl_group", "a group needs at least 2 samples")
+        need(self.experts >= max(self.e_programs, self.m_programs), "experts", "one update takes more; lower --e-programs and --m-programs too")
+        need(self.rl_pool >= self.rl_problems, "rl_pool", "one update takes more; lower --rl-problems too")
         need(self.c >= 0, "c", "a penalty is not negative")
         need(self.beta >= 0, "beta", "a weight is not negative")
         need(0 < self.p_think < 1, "p_think", "a probability strictly between 0 and 1 is needed")
@@ -286,7 +289,11 @@ def write_atomically(path: Path, content):
     """A reader, or a restart after a crash or a full disk, finds the old file or the new one, never half of one."""
     tmp = path.with_name(path.name + ".tmp")
     try:
-        tmp.write_text(content) if isinstance(content, str) else torch.save(content, tmp)
+        if isinstance(content, str):
+            tmp.write_text(content)
+        else:
+            torch.save(content, buffer := io.BytesIO())                          # to memory first: torch's own writer hides the OSError
+            tmp.write_bytes(buffer.getvalue())
         os.replace(tmp, path)
     except OSError:
         tmp.unlink(missing_ok=True)
@@ -301,7 +308,9 @@ def pretrain(run: Run, folder: str):
     s = run.s
     enc = bench.train_tokenizer()
     torch.manual_seed(s.seed)
-    model = GPT(GPTConfig(vocab_size=enc.n_vocab, eos_id=enc.eot_token)).to(run.device)
+    # Two layers, so that a chain of operations cannot be folded into one forward pass; wide enough to know the arithmetic.
+    model = GPT(GPTConfig(vocab_size=enc.n_vocab, d_model=128, n_layer=2, n_head=4, n_kv_head=2, head_dim=32, d_ff=336,
+                          eos_id=enc.eot_token)).to(run.device)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     if hasattr(torch.optim, "Muon"):                 # torch >= 2.9; reaches the phase change in about half the tokens

@@ -1,0 +1,262 @@
+"""The E-step: the batched sampler against line-by-line decoding, the estimator against the exact gradient by enumeration."""
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import elbo
+import estep
+from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Trace
+from model import GPT, GPTConfig, pick
+
+EOS = 4
+
+
+@pytest.fixture(scope="module")
+def enc():
+    """Four characters and the end of the document: a world small enough to list all latents."""
+    return tiktoken.Encoding("tiny", pat_str=r"[\s\S]", mergeable_ranks={b"#": 0, b"\n": 1, b"a": 2, b"x": 3},
+                             special_tokens={"<|endoftext|>": EOS})
+
+
+def tiny(seed: int) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=5, d_model=12, n_layer=1, n_head=2, n_kv_head=1, head_dim=6, d_ff=16, context=64, eos_id=EOS))
+    for p in model.parameters():
+        p.data += 0.4 * torch.randn_like(p)
+    return model.double()
+
+
+def program(enc):
+    return elbo.parse(enc, "a\n", "x\na\n", EOS)
+
+
+MAX = 3                                  # longest rationale: "#", one character, a newline
+
+
+def every_trace(enc) -> list[Trace]:
+    """All outcomes of a rollout of `program`, written down independently of the sampler."""
+    p = program(enc)
+    out = []
+
+    def copy(t):
+        new = Trace(list(t.tokens), list(t.kind), list(t.line), list(t.gate), set(t.broken))
+        return new
+
+    def line(t, i, gate):
+        t = copy(t)
+        t.add(p.lines[i], ACTION, i, gate)
+        decide(t, i + 1)
+
+    def decide(t, i):
+        if i == len(p.lines):
+            return out.append(t)
+        line(t, i, FREE)
+        t = copy(t)
+        t.add([0], LATENT, i, FREE)
+        body(t, i, "#")
+
+    def force(t, i):
+        t = copy(t)
+        t.broken.add(i)
+        t.add([1], PROMPT, i)
+        line(t, i, FORCED)
+
+    def body(t, i, text):
+        for token in range(5):
+            new = copy(t)
+            new.add([token], LATENT, i)
+            piece = enc.decode([token])
+            if piece == "\n":
+                if text.strip("#"):
+                    line(new, i, FREE)                  # closed, and the next gate says act
+                    new.add([0], LATENT, i, FREE)       # closed, but another comment opens
+                    force(new, i)
+                else:
+                    force(new, i)                       # empty
+            elif len(text) + 1 == MAX:
+                force(new, i)                           # too long
+            else:
+                body(new, i, text + ("<|endoftext|>" if token == EOS else piece)[:1])
+
+    start = Trace()
+    start.add(p.prompt, PROMPT)
+    decide(start, 0)
+    return out
+
+
+def key(t: Trace):
+    return tuple(t.tokens), tuple(t.kind), tuple(t.line), tuple(t.gate), tuple(sorted(t.broken))
+
+
+def scores(model, traces, openers):
+    batch = elbo.collate(traces)
+    gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
+    return batch, gate, token
+
+
+def test_q_is_a_distribution_over_the_outcomes_and_the_sampler_draws_from_it(enc):
+    model, openers = tiny(0), elbo.opener_mask(enc, 5)
+    traces = every_trace(enc)
+    batch, gate, token = scores(model, traces, openers)
+    q = elbo.log_q(gate, token, batch).sum(-1).exp()
+    assert q.sum().item() == pytest.approx(1.0, abs=1e-5)
+    n = 6000
+    drawn = estep.rollout(model, enc, [program(enc)] * n, [[7, i] for i in range(n)], openers, max_rationale=MAX)
+    index = {key(t): i for i, t in enumerate(traces)}
+    counts = torch.zeros(len(traces), dtype=torch.float64)
+    for t in drawn:
+        counts[index[key(t)]] += 1                                      # KeyError: an outcome that should not exist
+    z = (counts / n - q) / (q * (1 - q) / n).sqrt()
+    assert z[q > 1e-3].abs().max() < 4.5
+    assert len({key(t) for t in drawn}) > 30
+
+
+def reference_rollout(model, enc, p, seed, openers):
+    """Line by line, token by token, without a cache."""
+    rng, t = np.random.default_rng(seed), Trace()
+    t.add(p.prompt, PROMPT)
+
+    def probs():
+        with torch.no_grad():
+            return model(torch.tensor([t.tokens]))[0, -1].double().softmax(-1)
+
+    for i, line in enumerate(p.lines):
+        gate, latent, closed = FREE, [], False
+        while rng.random() < (pr := probs())[openers].sum():
+            token = int(pick((pr * openers).log()[None], torch.tensor([rng.random()]), 1.0))
+            t.add([token], LATENT, i, FREE)
+            latent = [token]
+            broken = closed
+            while not broken and len(latent) < 12 and "\n" not in enc.decode(latent):
+                token = int(pick(probs().log()[None], torch.tensor([rng.random()]), 1.0))
+                t.add([token], LATENT, i)
+                latent.append(token)
+            text = enc.decode(latent)
+            if broken or "\n" not in text or not text.strip("# \n"):
+                t.broken.add(i)
+                t.add(enc.encode_ordinary(p.closings[i]), PROMPT, i)
+                gate = FORCED
+                break
+            closed = True
+        t.add(line, ACTION, i, gate)
+    return t
+
+
+def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc):
+    model, openers = tiny(3), elbo.opener_mask(enc, 5)
+    programs = [elbo.parse(enc, "a\n", body, EOS) for body in ("x\na\nxx\nax\n", "x\n", "a\naa\nx\n")] * 10
+    seeds = [[1, i] for i in range(len(programs))]
+    fast = estep.rollout(model, enc, programs, seeds, openers, max_rationale=12)
+    slow = [reference_rollout(model, enc, p, s, openers) for p, s in zip(programs, seeds)]
+    assert [key(a) for a in fast] == [key(b) for b in slow]
+    assert sum(sum(t.thinks()) for t in fast) > 20 and any(t.broken for t in fast)
+    alone = [estep.rollout(model, enc, [p], [s], openers, max_rationale=12)[0] for p, s in zip(programs, seeds)]
+    assert [key(a) for a in alone] == [key(b) for b in fast]             # a row does not depend on its batch
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_estimator_agrees_with_the_exact_gradient(enc, seed):
+    model, pi, openers = tiny(seed), tiny(seed + 10), elbo.opener_mask(enc, 5)
+    cost = dict(c=0.3, beta=0.2, p_think=0.4, broken_cost=0.7)
+
+    def line_rewards(batch, traces, gate):
+        with torch.no_grad():
+            _, token = elbo.score(elbo.logits_of(pi, batch), batch, openers)
+            loglik = elbo.by_line(elbo.log_pi(token, batch), batch, 2)
+            return elbo.line_rewards(loglik, *estep.decisions(traces, 2), *elbo.opening_gate(gate.detach(), batch, 2), **cost)
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    traces = every_trace(enc)
+    batch, gate, token = scores(model, traces, openers)
+    logq = elbo.log_q(gate, token, batch).sum(-1)
+    # d/dtheta sum_paths q(path) R(path), R held fixed: the expectation of grad log q * (R - entropy's own zero-mean term).
+    exact = gradient((logq.exp() * line_rewards(batch, traces, gate).sum(-1)).sum())
+    estimates = []
+    K, P = 32, 4
+    for i in range(40):
+        drawn = estep.rollout(model, enc, [program(enc)] * (P * K), [[seed, i, k] for k in range(P * K)], openers, max_rationale=MAX)
+        batch, gate, token = scores(model, drawn, openers)
+        G = estep.returns(line_rewards(batch, drawn, gate), 2, 1.0)
+        A = estep.advantages(G.view(P, K, 2)).view(-1, 2)
+        estimates.append(-gradient(estep.reinforce_loss(elbo.log_q(gate, token, batch), A, batch) / len(drawn)))
+    E = torch.stack(estimates)                                           # (40, parameters)
+    mean, se = E.mean(0), E.std(0) / len(E) ** 0.5
+    direction = exact / exact.norm()
+    along = E @ direction
+    assert abs(along.mean() - exact.norm()) < 4 * along.std() / len(E) ** 0.5
+    assert exact.norm() > 10 * along.std() / len(E) ** 0.5               # the test can tell it from zero
+    torch.manual_seed(0)
+    for _ in range(20):
+        v = torch.randn_like(exact)
+        x = E @ v
+        assert abs(x.mean() - exact @ v) < 4.5 * x.std() / len(E) ** 0.5
+
+
+def test_expert_tokens_carry_no_gradient_and_gates_and_rationales_do(enc):
+    model, openers = tiny(2), elbo.opener_mask(enc, 5)
+    trace = Trace()
+    trace.add([2, 1], PROMPT)
+    trace.add([0, 2, 1], LATENT, 0, FREE)
+    trace.add([3, 3, 1], ACTION, 0, FREE)
+    trace.add([2, 1, EOS], ACTION, 1, FREE)
+    batch = elbo.collate([trace])
+    logits = elbo.logits_of(model, batch).detach().requires_grad_()
+    loss = estep.reinforce_loss(elbo.log_q(*elbo.score(logits, batch, openers), batch), torch.tensor([[1.0, -2.0]]), batch)
+    loss.backward()
+    moved = logits.grad[0].abs().sum(-1) > 1e-9
+    #              prompt     #     a     \n    x     x      \n     a     \n     eos
+    assert moved.tolist() == [False, True, True, True, True, False, False, True, False, False]
+    # At an act gate the expert's token itself is not preferred to other lines that could follow.
+    at = logits.grad[0, 4]
+    p = logits[0, 4].detach().softmax(-1)
+    ratio = (at / p)[~openers]
+    assert torch.allclose(ratio, ratio[0].expand_as(ratio))
+
+
+def test_returns_are_truncated_and_discounted():
+    r = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
+    assert estep.returns(r, 1, 0.5).tolist() == [[1.0, 10.0, 100.0, 1000.0]]
+    assert estep.returns(r, 2, 0.5).tolist() == [[6.0, 60.0, 600.0, 1000.0]]
+    assert estep.returns(r, 99, 1.0).tolist() == [[1111.0, 1110.0, 1100.0, 1000.0]]
+
+
+def test_the_baseline_of_a_version_is_the_mean_of_the_others():
+    G = torch.randn(3, 4, 5)
+    A = estep.advantages(G)
+    for k in range(4):
+        others = [j for j in range(4) if j != k]
+        torch.testing.assert_close(A[:, k], G[:, k] - G[:, others].mean(1))
+
+
+@pytest.mark.parametrize("mode, where", [("never", []), ("always", [0, 1]), ("first", [0])])
+def test_modes_think_where_they_say(enc, mode, where):
+    model, openers = tiny(1), elbo.opener_mask(enc, 5)
+    for t in estep.rollout(model, enc, [program(enc)] * 20, [[5, i] for i in range(20)], openers, max_rationale=MAX, mode=mode):
+        assert [i for i, z in enumerate(t.thinks()) if z] == where
+        openings = [g for g, kind, line, before in zip(t.gate, t.kind, t.line, [-1] + t.line) if line != before and line >= 0]
+        assert mode == "never" or FREE not in openings                  # nothing of what the experiment chose is q's
+
+
+def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
+    model, openers = tiny(1), elbo.opener_mask(enc, 5)
+    p = program(enc)
+    traces = estep.rollout(model, enc, [p] * 60, [[2, i] for i in range(60)], openers, max_rationale=MAX)
+    assert any(t.broken for t in traces)
+    for t in traces:
+        clean = estep.without_broken(t)
+        assert [x for x, k in zip(clean.tokens, clean.kind) if k == ACTION] == p.lines[0] + p.lines[1]
+        assert not any(z and i in t.broken for i, z in enumerate(clean.thinks()))
+        assert sum(clean.thinks()) == sum(t.thinks()) - len(t.broken)
+
+
+def test_the_trust_region_is_zero_at_pi_and_blind_to_the_gate(enc):
+    model, openers = tiny(1), elbo.opener_mask(enc, 5)
+    batch = elbo.collate([program(enc).trace()])
+    logits = elbo.logits_of(model, batch).detach()
+    assert estep.anchor_loss(logits, logits, batch, openers).item() == pytest.approx(0, abs=1e-12)
+    gates = (batch.gate[:, 1:] != 0)[..., None] & openers
+    assert estep.anchor_loss(logits + 3.0 * gates, logits, batch, openers).item() == pytest.approx(0, abs=1e-6)
+    assert estep.anchor_loss(logits + torch.randn_like(logits), logits, batch, openers) > 0.01

@@ -1,0 +1,79 @@
+"""The M-step: packing changes nothing, what is counted is what is trained, and NTP is the case without latents."""
+import pytest
+import torch
+
+import elbo
+import mstep
+from elbo import ACTION, FREE, LATENT, PROMPT, Trace
+from model import GPT, GPTConfig
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=40, d_model=16, n_layer=2, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, context=64))
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+def traces(n: int) -> list[Trace]:
+    g, out = torch.Generator().manual_seed(1), []
+    for _ in range(n):
+        draw = lambda low, high: torch.randint(1, 40, (int(torch.randint(low, high, (), generator=g)),), generator=g).tolist()
+        t = Trace()
+        t.add(draw(1, 5), PROMPT)
+        for line in range(2):
+            t.add(draw(0, 4), LATENT, line, FREE)
+            t.add(draw(1, 6), ACTION, line, FREE)
+        out.append(t)
+    return out
+
+
+def test_packing_keeps_every_trace_and_every_row_fits():
+    ts = traces(50)
+    rows = mstep.pack(ts, 40)
+    assert sorted(i for row in rows for i in row) == list(range(50))
+    assert all(sum(len(ts[i].tokens) for i in row) <= 40 for row in rows)
+    assert len(rows) < 50
+    with pytest.raises(ValueError, match="does not fit"):
+        mstep.pack(ts, 8)
+
+
+def test_loss_and_gradient_of_packed_rows_are_those_of_the_documents_alone(model):
+    ts = traces(20)
+    packed = mstep.packed_batch(ts, mstep.pack(ts, 40))
+    grads, losses = [], []
+    for batches in ([packed], [elbo.collate([t]) for t in ts]):
+        total = sum(mstep.loss(model, b) for b in batches)
+        losses.append(total)
+        grads.append(torch.autograd.grad(total, list(model.parameters())))
+    torch.testing.assert_close(losses[0], losses[1])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert int(mstep.counted(packed).sum()) == sum(k != PROMPT for t in ts for k in t.kind)
+
+
+def test_prompts_are_not_trained_and_rationales_are(model):
+    t = traces(1)[0]
+    batch = elbo.collate([t])
+    logp = elbo.logits_of(model, batch).log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[0, :, 0]
+    mine = -sum(lp for lp, kind in zip(logp, t.kind[1:]) if kind in (LATENT, ACTION))
+    torch.testing.assert_close(mstep.loss(model, batch), mine)
+
+
+def test_action_cross_entropy_counts_the_same_tokens_with_and_without_latents(model):
+    openers = torch.zeros(40, dtype=torch.bool)
+    openers[7] = True
+    ts = traces(12)
+    plain = []
+    for t in ts:
+        new = Trace()
+        for token, kind, line, gate in zip(t.tokens, t.kind, t.line, t.gate):
+            if kind != LATENT:
+                new.add([token], kind, line, gate)
+        plain.append(new)
+    _, n = mstep.action_nll(model, elbo.collate(ts), openers)
+    nll, m = mstep.action_nll(model, mstep.packed_batch(plain, mstep.pack(plain, 40)), openers)
+    assert n == m == sum(k == ACTION for t in ts for k in t.kind)
+    assert nll > 0

@@ -1,0 +1,164 @@
+"""The whole, in small: two ranks against one, killed and resumed against uninterrupted, c = infinity against NTP, bad input."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--experts 64 --eval-problems 6 --samples 2 --e-steps 4 --e-programs 4 --e-rollouts 4 --m-steps 6 --m-programs 16 --rl-steps 4 "
+         "--rl-problems 4 --rl-group 4 --rl-pool 16 --max-new-tokens 150 --save-every 2 --threads 1").split() + ["--model", str(ROOT / "base")]
+STAGES = ("estep", "ra3", "ntp", "rlvr-base", "rlvr-ntp", "rlvr-ra3")
+
+
+def command(*flags: str, ranks: int = 1) -> list[str]:
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*start, str(ROOT / "train.py"), *flags]
+
+
+def run(folder: Path, *flags: str, ranks: int = 1, **kw):
+    return subprocess.run(command(*flags, ranks=ranks), cwd=folder, capture_output=True, text=True, timeout=250,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **kw)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One small run from start to end: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, *SMALL, "--name", "one")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs/one", done.stdout
+
+
+def test_a_run_leaves_what_the_readme_promises(whole):
+    folder, stdout = whole
+    last = json.loads(stdout.splitlines()[-1])
+    assert 0 <= last["ra3"]["greedy"] <= 1 and last["seeds"] == [0]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["e_steps"] == 4 and config["torch"] == torch.__version__
+    text = (folder / "report.md").read_text()
+    for part in ("Figure 1", "Figure 2", "Figures 3 and 4", "Figure 5", "| RA3 + RLVR |"):
+        assert part in text
+    for figure in ("estep_reward", "estep_think", "mstep_nll", "mid_accuracy", "rlvr"):
+        assert (folder / f"{figure}.png").stat().st_size > 1000 and f"{figure}.png" in text
+    for stage in STAGES:
+        assert (folder / "seed0" / stage / "model.safetensors").exists()
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("state.pt"))
+
+
+def test_two_ranks_train_as_one_does(whole, tmp_path):
+    done = run(tmp_path, *SMALL, "--name", "two", ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = whole[0] / "seed0", tmp_path / "runs/two/seed0"
+    a, b = ([r for r in metrics(f) if "phase" in r] for f in (one, two))
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        for k in set(x) - {"show", "phase"}:
+            assert y[k] == pytest.approx(x[k], rel=2e-3, abs=2e-3), (x, y)
+    start = load_file(ROOT / "base/model.safetensors")
+    for stage in STAGES:
+        u, v = load_file(one / stage / "model.safetensors"), load_file(two / stage / "model.safetensors")
+        apart = sum((u[k].float() - v[k].float()).square().sum() for k in u) ** 0.5
+        moved = sum((u[k].float() - start[k].float()).square().sum() for k in u) ** 0.5
+        assert apart < 0.1 * moved, stage
+
+
+def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
+    folder = tmp_path / "runs/cut"
+    flags = [*SMALL, "--name", "cut"]
+    for victim in ("estep", "ntp", "rlvr-ra3"):
+        process = subprocess.Popen(command(*flags), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        log = folder / "seed0/metrics.jsonl"
+        while process.poll() is None and not (log.exists() and any(
+                line.startswith(f'{{"phase": "{victim}", "step": 3') or line.startswith(f'{{"key": "cost/{victim}"') for line in log.read_text().splitlines())):
+            time.sleep(0.02)
+        assert process.poll() is None, f"the run ended before {victim} could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        flags = [*SMALL, "--name", "cut", "--resume"]
+    done = run(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    timeless = lambda rs: [{k: v for k, v in r.items() if k not in ("seconds", "compute")} for r in rs]
+    assert timeless(metrics(folder / "seed0")) == timeless(metrics(whole[0] / "seed0"))
+    for stage in STAGES:
+        assert (folder / "seed0" / stage / "model.safetensors").read_bytes() == (whole[0] / "seed0" / stage / "model.safetensors").read_bytes(), stage
+
+
+def test_an_infinite_penalty_is_next_token_prediction_exactly(tmp_path):
+    done = run(tmp_path, *SMALL, "--name", "inf", "--c", "inf", "--rl-steps", "0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    ra3, ntp = ((tmp_path / "runs/inf/seed0" / arm / "model.safetensors").read_bytes() for arm in ("ra3", "ntp"))
+    assert ra3 == ntp
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--learning-speed", "3"], "unrecognized arguments: --learning-speed"),
+    (["--e-rollouts", "1"], "--e-rollouts 1: a baseline needs at least 2"),
+    (["--experts", "0"], "--experts 0: must be at least 1"),
+    (["--experts", "10"], "--experts 10"),
+    (["--m-lr", "-1"], "--m-lr -1.0: a learning rate"),
+    (["--rationales", "sometimes"], "expected one of learned, always, first, never"),
+    (["--resume"], "say which run, with --name"),
+    (["--resume", "--name", "nothing"], "holds no run to resume"),
+    (["--model", "/no/such/folder"], "/no/such/folder"),
+])
+def test_bad_input_gets_one_sentence_and_status_2(tmp_path, flags, said):
+    done = run(tmp_path, *flags)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*"))                                # nothing half-written
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for f in (ROOT / "base").iterdir():
+        (folder / f.name).write_bytes(f.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    done = run(tmp_path, "--model", str(folder))
+    assert done.returncode == 2 and "gate_proj" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    done = run(tmp_path, *SMALL)
+    assert done.returncode == 2 and "runs" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))   # no file may grow past it: as on a full disk
+    done = run(tmp_path, *SMALL, "--name", "full", preexec_fn=limit)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and "File too large" in done.stderr
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_existing_run_is_not_overwritten(whole):
+    done = run(whole[0].parent.parent, *SMALL, "--name", "one")
+    assert done.returncode == 2 and "--resume" in done.stderr
+    done = run(whole[0].parent.parent, *SMALL, "--name", "one", "--resume", "--e-lr", "0.5")
+    assert done.returncode == 2 and "was started with" in done.stderr
+
+
+def test_the_paired_t_test_agrees_with_known_values():
+    """Student's t with 4 degrees of freedom: P(T > 2.132) = 0.05, P(T > 3.747) = 0.01."""
+    for t, p in ((2.1318, 0.05), (3.7469, 0.01)):
+        d = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).double()          # deviation such that mean / se = t
+        d = d + t * d.std() / 5 ** 0.5
+        assert train.paired_p(d.tolist(), [0.0] * 5) == pytest.approx(p, rel=1e-3)
+    assert train.paired_p([0.0, 1.0], [1.0, 3.0]) > 0.5
