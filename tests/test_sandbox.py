@@ -292,15 +292,11 @@ def test_a_killed_process_costs_at_most_a_retry(victim, when):
 
         def pid_of_victim():
             while True:
-                worker = sandbox._workers[0].process.pid
-                below = descendants(worker)
-                everything.update([worker, *below])
-                if victim == "worker" and (when == "idle" or len(below) == 2):
-                    return worker
-                if victim == "zygote" and below and (when == "idle" or len(below) == 2):
-                    return below[0]
-                if victim == "candidate" and len(below) == 2:
-                    return below[1]
+                worker = sandbox._workers[0]
+                below = descendants(worker.process.pid)
+                everything.update([worker.process.pid, *below])
+                if when == "idle" and below or worker.task is not None and len(below) == 2:    # a new worker's task comes last
+                    return {"worker": worker.process.pid, "zygote": below[0], "candidate": below[-1]}[victim]
                 time.sleep(0.01)
 
         def kill():
@@ -325,12 +321,7 @@ def test_a_killed_process_costs_at_most_a_retry(victim, when):
         first, last = verdicts[0], verdicts[-1]
         assert last.passed
         # a candidate's death is its own; a worker's or zygote's is ours: the job is tried again, once
-        if victim == "candidate":
-            assert first.kind == "crash", first
-        elif when == "twice":
-            assert first.kind in ("crash", "passed"), first     # passed if the second kill met a worker that was starting
-        else:
-            assert first.kind == "passed", first
+        assert first.kind == ("crash" if victim == "candidate" or when == "twice" else "passed"), first
     assert wait_until_gone(everything)
 
 
