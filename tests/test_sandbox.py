@@ -384,7 +384,10 @@ def test_a_test_that_a_value_makes_huge_runs_out_of_memory_not_the_machine(sandb
 def test_a_worker_gives_its_memory_back():
     big = Asserts("def f(): return 'x' * 10 ** 7", ("kept = [f() + 'y' for _ in range(40)]", "assert len(kept) == 40", "assert 0"), timeout_s=60)
     with Sandbox(workers=1) as sandbox:
+        before = sandbox._workers[0].process.pid
+        assert sandbox.run([ADD, ADD])[1].passed and sandbox._workers[0].process.pid == before
         assert sandbox.run([big])[0].tests_passed == 2
+        assert sandbox._workers[0].process.pid != before and wait_until_gone([before])
         assert sandbox.run([ADD])[0].passed
         with open(f"/proc/{sandbox._workers[0].process.pid}/statm") as file:
             assert int(file.read().split()[1]) * 4096 < 200 << 20
