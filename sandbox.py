@@ -64,6 +64,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import weakref
 from dataclasses import astuple, dataclass
 from typing import Iterable, Iterator
@@ -648,6 +649,7 @@ def _worker_main(memory_mb, lifeline, paths):
         os.dup2(null, standard)        # tests may print: not into our messages
     os.close(null)
     _hold_lifeline(lifeline)
+    warnings.simplefilter("ignore")    # an invalid escape in somebody's source is not worth a line on stderr
     sys.path += [path for path in paths if path not in sys.path]    # tests may import numpy; our own modules come first
     _set_limit(resource.RLIMIT_AS, max(WORKER_MB, 2 * memory_mb) << 20)    # `[0] * candidate()` in a test
     try:
@@ -880,7 +882,10 @@ def _bound_names(tree):
 def names_under_test(reference: str, tests: Iterable[str]) -> tuple[str, ...]:
     """The names that `reference` (trusted!) defines at its top level and `tests` use: `Asserts.names` for its problem."""
     defined = set()
-    for node in ast.parse(reference).body:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")    # about invalid escapes in the reference
+        body = ast.parse(reference).body
+    for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             defined.add(node.name)
         elif isinstance(node, ast.Assign):
