@@ -730,7 +730,7 @@ class Corpus:
             if out[-1] and self.size(out[-1] + piece) > self.limit:
                 out.append("")
             out[-1] += piece
-        kept = [s.strip("\n") + "\n" for s in out if self.size(s) <= self.limit]
+        kept = [s for s in (piece.strip("\n") + "\n" for piece in out) if self.size(s) <= self.limit]
         self.dropped["too long"] += len(out) - len(kept)
         return kept
 

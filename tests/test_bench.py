@@ -172,7 +172,7 @@ def test_a_separator_that_is_no_newline_does_not_shift_the_cut():
 
 
 @pytest.mark.parametrize("text, stop, kept", [
-    (" return 1\n\ndef g():\n    pass", bench.IN_FUNCTION, " return 1\n"),
+    (" return 1\n\ndef g():\n    pass\nprint(f(1))\nclass", bench.IN_FUNCTION, " return 1\n"),
     (" if x:\n        return 1\n    # why\n    return 2\nprint(f(1))", bench.IN_FUNCTION, " if x:\n        return 1\n    # why\n    return 2"),
     ("import math\ndef f():\n    return 1\n# next\nassert f() == 1", bench.PROGRAM, "import math\ndef f():\n    return 1\n# next"),
     ("n = int(input())\nif n:\n    print(n)\n```\nIt", bench.SCRIPT, "n = int(input())\nif n:\n    print(n)"),
@@ -230,8 +230,8 @@ def test_scores_can_be_recomputed_from_the_file(data, box, tmp_path, monkeypatch
             out.append(Sample(ENC.encode_ordinary(text.rstrip() + "\nassert False, 'ran on'"), [], True))
         return out
     monkeypatch.setattr(bench, "generate", dictated)
-    rows = list(bench.evaluate(tiny_model(), ENC, "mixed", problems, box, samples=5, seed=7, batch_size=1, max_new_tokens=9))
-    assert {p.id: [r["passed"] for r in rows if r["id"] == p.id] for p in problems} == {k: [bool(x) for x in v] for k, v in plan.items()}
+    rows = list(bench.evaluate(tiny_model(), ENC, "mixed", problems, box, samples=5, seed=7, batch_size=2, max_new_tokens=9))
+    assert {p.id: [r["passed"] for r in sorted(rows, key=lambda r: r["sample"]) if r["id"] == p.id] for p in problems} == {k: [bool(x) for x in v] for k, v in plan.items()}
     assert {r["kind"] for r in rows if r["id"] == "long"} == {"prompt too long"} and "ran on" not in rows[0]["completion"]
     scores = bench.score_file(write(tmp_path / "r.jsonl", [{"settings": {}}, *random.Random(0).sample(rows, len(rows))]))
     assert scores == bench.score(rows)
@@ -319,9 +319,8 @@ def test_programs_are_cleaned_cut_and_counted(tmp_path):
     corpus = Corpus(str(write(tmp_path / "c.jsonl", [{"content": t} for t in rows])), column="content", limit=200)
     assert list(corpus) == ["import os\n\n\n@property\ndef f(x):\n    return x  # kept\n\n\nclass A:\n    y = 1\n", "x = 1\n"]
     assert corpus.dropped == {"not Python": 4, "empty": 1, "too long": 1}
-    pieces = list(Corpus(corpus.name, column="content", limit=60))
-    assert pieces[:2] == ["import os\n\n\n@property\ndef f(x):\n    return x  # kept\n", "class A:\n    y = 1\n"]       # the decorator stays
-    assert all(len(s) <= 60 for s in pieces)
+    pieces = list(Corpus(corpus.name, column="content", limit=50))
+    assert pieces == ["import os\n", "@property\ndef f(x):\n    return x  # kept\n", "class A:\n    y = 1\n", "x = 1\n"]
 
 
 def test_ranks_share_the_rows_and_a_resumed_corpus_reads_on(tmp_path):
