@@ -381,9 +381,9 @@ def find_model(name, *patterns: str) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except errors.GatedRepoError:
-        raise PermissionError(f"the model {str(name)!r} is gated: accept its terms on its page on the hub, then run `hf auth login`") from None
+        raise PermissionError(f"the model {str(name)!r} is gated: accept its terms on its hub page, then run `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise FileNotFoundError(f"{nowhere} and no such model on the hub: check the spelling (a private one needs `hf auth login`)") from None
+        raise FileNotFoundError(f"{nowhere} and no such model on the hub: check the spelling (private ones need `hf auth login`)") from None
     except Exception as e:                                          # the many ways of a network to fail
         raise OSError(f"{nowhere}, and the hub did not answer for a model of that name ({str(e).strip().partition(chr(10))[0]}): "
                       "check the connection, or give the path of a downloaded folder") from None
@@ -493,7 +493,8 @@ def load_tokenizer(name) -> tiktoken.Encoding:
 
     tiktoken joins the two neighbours whose union has the lowest id, `tokenizers` the two whose merge comes first. They agree if
     the merges are in the order of the ids and make every token, which is checked. Its added tokens are tiktoken's special
-    tokens, read in a text only if allowed. Raises OSError if there is none, ValueError for one of another kind.
+    tokens; real code does contain such strings (SmolLM2 has <filename>), so encode a corpus with `encode_ordinary`, which never
+    reads them as tokens. Raises OSError if there is no such file, ValueError if it is of another kind.
     """
     file = find_model(name, "tokenizer.json", "tokenizer_config.json") / "tokenizer.json"
     spec = read_json(file)
@@ -503,7 +504,8 @@ def load_tokenizer(name) -> tiktoken.Encoding:
             raise ValueError(f"{file}: {otherwise} is not supported, only byte-level BPE such as that of SmolLM2, Llama-3 and Qwen")
     try:
         bpe, added, normalizer = spec["model"], spec["added_tokens"], spec.get("normalizer")
-        need(bpe["type"] == "BPE" and not bpe.get("byte_fallback") and not bpe.get("continuing_subword_prefix"), f"its kind of {bpe['type']} model")
+        plain = bpe["type"] == "BPE" and not bpe.get("byte_fallback") and not bpe.get("continuing_subword_prefix")
+        need(plain, f"its kind of {bpe['type']} model")
         need(normalizer in (None, {"type": "NFC"}), f"the normalizer {normalizer}")
         need(pattern := cuts(spec["pre_tokenizer"]), f"the pre_tokenizer {spec['pre_tokenizer']}")
         need(not any(t.get(k) for t in added for k in ("lstrip", "rstrip", "single_word")), "an added token that swallows its neighbours")
@@ -521,11 +523,12 @@ def load_tokenizer(name) -> tiktoken.Encoding:
     size = 1 + max([*ranks.values(), *special.values()])
     unknown = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]       # tiktoken wants a rank for every byte
     ranks |= {b: size + i for i, b in enumerate(unknown)}
-    return HubEncoding(str(name), size=size, nfc=normalizer is not None, source=file, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return HubEncoding(str(name), size=size, nfc=normalizer is not None, source=file,
+                       pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def cuts(pre: dict) -> str | None:
-    """The pattern of a pre_tokenizer's pieces; None if it is not ByteLevel with GPT-2's pattern, that with Digits, or a pattern of its own."""
+    """The pattern of a pre_tokenizer's pieces: GPT-2's, the same with Digits, or one of its own; None if it works in another way."""
     *first, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     if last["type"] != "ByteLevel" or last.get("add_prefix_space") or len(first) > 1:
         return None
