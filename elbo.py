@@ -273,13 +273,14 @@ def bound(log_pi: Tensor, log_q: Tensor, log_prior: Tensor, q: Tensor) -> Tensor
 
 
 def line_rewards(log_pi: Tensor, think: Tensor, broken: Tensor, gate: Tensor, free: Tensor, *, c: float, beta: float,
-                 p_think: float, broken_cost: float) -> Tensor:
+                 p_think: float, broken_cost: float, floor: float = torch.inf) -> Tensor:
     """The E-step's reward of each line, (B, L), in nats: the summand of the bound with the algorithm's penalty in place of the KL.
 
-        r_t = log pi(a_t | s_t, z_t) - c [z_t != act] + beta (log p(gate_t) - log q(gate_t)) - broken_cost [format broken]
+        r_t = max(log pi(a_t | s_t, z_t), -floor) - c [z_t != act] + beta (log p(gate_t) - log q(gate_t)) - broken_cost [format broken]
 
     gate, free: log q of the choice at the opening gate, and whether q chose (see `opening_gate`). The beta term is the gate's own part of the exact KL, with
     prior p(think) = p_think. It keeps the choice open until rationales have become good; without it the gate closes first.
+    floor: no line counts as worse than that many nats; one wrong rationale in ten costs 8 nats and would drown the other nine.
     """
     log_prior = torch.where(think, torch.tensor(p_think).log(), torch.tensor(1 - p_think).log())
-    return log_pi - c * think + beta * torch.where(free, log_prior - gate, 0.0) - broken_cost * broken
+    return log_pi.clamp(min=-floor) - c * think + beta * torch.where(free, log_prior - gate, 0.0) - broken_cost * broken

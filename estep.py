@@ -16,8 +16,9 @@ rationale is decoded, and the rest is scored again. The distribution is exactly 
 Where this departs from the paper, or where the paper is silent:
  1. The reward carries beta * (log p(gate) - log q(gate)) beside the fixed penalty c (see `elbo.line_rewards` for why).
  2. Rewards are sums over a line's tokens, in nats, as in Theorem 3.1; the paper's c = 0.05 seems to go with means per token.
- 3. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
- 4. A rationale is at most `max_rationale` tokens, one line; a longer, empty or unclosed one is closed by force and pays for it.
+ 3. A line's reward is cut off at -`floor` nats: the tail of rare, very wrong rationales makes most of the variance.
+ 4. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
+ 5. A rationale is at most `max_rationale` tokens, one line; a longer, empty or unclosed one is closed by force and pays for it.
 """
 import copy
 
@@ -254,7 +255,7 @@ def e_step(run, model: GPT, data):
                 loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                           # (B, L)
                 think, broken = decisions(part, L, run.device)
                 r = elbo.line_rewards(loglik, think, broken, *elbo.opening_gate(gate.detach(), batch, L), c=s.c, beta=s.beta,
-                                      p_think=s.p_think, broken_cost=s.broken_cost)                     # (B, L)
+                                      p_think=s.p_think, broken_cost=s.broken_cost, floor=s.floor)                     # (B, L)
                 G = returns(r, s.horizon, s.gamma).view(-1, s.e_rollouts, L)                            # (P, K, L)
                 A = advantages(G).view(-1, L)
                 stats[:] += [x.sum().item() for x in (r, loglik, batch.line.amax(1) + 1, think, broken, batch.kind == LATENT)]

@@ -61,16 +61,18 @@ class Settings:
     pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
     pretrain_tokens: int = option(7_000_000, "solution tokens of that: arithmetic appears after about 2M in a phase change")
     # data
-    experts: int = option(4096, "expert programs: two to three epochs of the M-step, the same for NTP and RA3")
+    experts: int = option(2048, "expert programs: about three epochs of the M-step, the same for NTP and RA3")
     eval_problems: int = option(128, "held-out problems of the final scores: a standard error of about 4 points per seed")
+    curve_problems: int = option(64, "of which are used for the curves on the way")
     samples: int = option(5, "samples per problem at temperature 1, for pass@1 and pass@5")
     max_new_tokens: int = option(224, "longest sampled program: three commented loops take about 180")
     # E-step
-    e_steps: int = option(40, "updates of q; the reward settles within them")
+    e_steps: int = option(30, "updates of q; the reward settles within them")
     e_programs: int = option(16, "programs per update; with the next, 128 rollouts")
     e_rollouts: int = option(8, "K, versions of each program; its baseline averages the K - 1 others")
-    e_lr: float = option(2e-4, "Adam's; at 3e-4 and beyond the direct skill of the model suffers")
-    e_anchor: float = option(1.0, "weight of the trust region on the action likelihoods; 0: none")
+    e_lr: float = option(2e-4, "Adam's; at 5e-4 the first updates already spoil the arithmetic, and rationales stop paying")
+    e_anchor: float = option(0.1, "weight of the trust region on the action likelihoods; at 1 it slows q down, at 0 direct skill is lost")
+    floor: float = option(3.0, "nats: a line's log-likelihood counts as no worse than minus this in the reward; inf: as it is")
     c: float = option(0.05, "cost of a rationale in nats (rewards are sums over a line); `inf`: never think, which is NTP")
     beta: float = option(0.1, "weight of the gate's part of the KL; 0 lets the gate close before rationales are good")
     p_think: float = option(0.5, "prior probability of a new rationale in that part")
@@ -80,12 +82,12 @@ class Settings:
     max_rationale: int = option(40, "longest rationale in tokens; eight worked-out terms take 31")
     rationales: str = option("learned", "where to think: learned; always (no persistence); first (BRiTE); never")
     # M-step
-    m_steps: int = option(150, "updates")
+    m_steps: int = option(100, "updates")
     m_programs: int = option(64, "programs per update")
-    m_lr: float = option(1e-3, "AdamW's peak, after 10 steps of warm-up, decaying linearly to a tenth")
+    m_lr: float = option(3e-4, "AdamW's peak, after 10 steps of warm-up, decaying linearly to a tenth; best for NTP of 1e-4, 3e-4 and 1e-3")
     row_tokens: int = option(256, "length of packed rows")
     # RLVR
-    rl_steps: int = option(30, "GRPO updates")
+    rl_steps: int = option(20, "GRPO updates")
     rl_problems: int = option(16, "problems per update")
     rl_group: int = option(8, "samples per problem")
     rl_lr: float = option(3e-4, "Adam's")
@@ -162,10 +164,11 @@ class Run:
         return [self.seed, zlib.crc32(what.encode()), *index]
 
     def meter(self, model: GPT) -> GPT:
-        """Count this model's tokens in `compute`."""
+        """Count the tokens that go through this model, or through copies of it, in `compute`."""
         def count(module, args):
             self.compute += args[0].numel() * (3 if torch.is_grad_enabled() else 1)
-        model.register_forward_pre_hook(count)
+        if not model._forward_pre_hooks:
+            model.register_forward_pre_hook(count)
         return model
 
     # ranks -----------------------------------------------------------------------------------------------------------
@@ -383,26 +386,27 @@ class Scorer:
     def __init__(self, run: Run, data: Data, box: Sandbox):
         self.run, self.data, self.box = run, data, box
 
-    def attempt(self, model: GPT, k: int, temperature: float) -> list[int]:
-        """How many of k samples are right, for each of this rank's problems."""
-        mine = self.run.mine(list(enumerate(self.data.eval_problems)))
+    def attempt(self, model: GPT, k: int, temperature: float, problems: int) -> list[int]:
+        """How many of k samples are right, for each of this rank's share of the first `problems`."""
+        mine = self.run.mine(list(enumerate(self.data.eval_problems[:problems])))
         with self.run.autocast():
             _, passed = bench.attempt(model, self.data.enc, [p for _, p in mine for _ in range(k)],
                                       [self.run.draw("eval", i, j) for i, _ in mine for j in range(k)], self.box,
                                       max_new_tokens=self.run.s.max_new_tokens, temperature=temperature)
         return [sum(part) for part in elbo.chunks(passed, k)]
 
-    def greedy(self, model: GPT) -> float:
-        right = self.attempt(model, 1, 0.0)
+    def greedy(self, model: GPT, problems: int | None = None) -> float:
+        """Share of problems solved by the most likely program, on those of the curves or on as many as asked for."""
+        right = self.attempt(model, 1, 0.0, problems or self.run.s.curve_problems)
         total, n = self.run.sum(sum(right), len(right))
         return total / n
 
     def full(self, model: GPT) -> dict:
         """Greedy accuracy, and unbiased pass@1 and pass@5 at temperature 1."""
-        k = self.run.s.samples
-        right = self.attempt(model, k, 1.0)
-        one, five, n = self.run.sum(*(sum(bench.pass_at_k(k, c, m) for c in right) for m in (1, min(5, k))), len(right))
-        return {"greedy": self.greedy(model), "pass@1": one / n, "pass@5": five / n}
+        k, n = self.run.s.samples, self.run.s.eval_problems
+        right = self.attempt(model, k, 1.0, n)
+        one, five = self.run.sum(*(sum(bench.pass_at_k(k, c, m) for c in right) for m in (1, min(5, k))))
+        return {"greedy": self.greedy(model, n), "pass@1": one / n, "pass@5": five / n}
 
 
 def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
