@@ -510,7 +510,8 @@ def livecodebench(r: dict) -> Problem:
         return Problem(f"lcb/{r['question_id']}", prompt, "", tuple((c["input"], c["output"]) for c in cases), "stdio", (), date=date)
     lines = [f"    assert listed(candidate(*{[json.loads(x) for x in c['input'].splitlines()]!r})) == {json.loads(c['output'])!r}\n" for c in cases]
     entry = f"Solution().{json.loads(r['metadata'])['func_name']}"
-    return Problem(f"lcb/{r['question_id']}", prompt, "", (LISTED + "def check(candidate):\n" + "".join(lines),), "check", (entry,), IMPORTS, date=date)
+    check = LISTED + "def check(candidate):\n" + "".join(lines)
+    return Problem(f"lcb/{r['question_id']}", prompt, "", (check,), "check", (entry,), IMPORTS, date=date)
 
 
 def code_contests(r: dict, codeforces: bool = False) -> Problem | None:
@@ -631,7 +632,8 @@ def trivial_programs(p: Problem) -> dict[str, str]:
     """What it does -> a program that does it, for each trivial answer."""
     def answer(name: str, value: str) -> str:
         in_class = name.startswith("Solution().")
-        lines = [f"def {name.removeprefix('Solution().')}({'self, ' * in_class}*args, **more):", "    args += tuple(more.values())", f"    return {value}"]
+        lines = [f"def {name.removeprefix('Solution().')}({'self, ' * in_class}*args, **more):",
+                 "    args += tuple(more.values())", f"    return {value}"]
         return "class Solution:\n" * in_class + "".join(f"{'    ' * in_class}{line}\n" for line in lines)
     if p.kind == "stdio":
         return {program or "print nothing": program for program in PRINTED}
@@ -687,7 +689,8 @@ class Corpus:
         if not path.exists():
             return hub_rows(self.name, self.split, self.subset, start=start)
         files = [path] if path.is_file() else sorted(
-            f for f in path.rglob("*") if f.suffix in (".py", ".jsonl", ".parquet") and not {"site-packages", "test", "tests"} & set(f.relative_to(path).parts))
+            f for f in path.rglob("*") if f.suffix in (".py", ".jsonl", ".parquet")
+            and not {"site-packages", "test", "tests"} & set(f.relative_to(path).parts))
         if not files:
             raise ValueError(f"the folder {self.name!r} has no .py, .jsonl or .parquet file: give one that has, or a hub name")
         return islice(local_rows(files), start, None)
@@ -708,7 +711,8 @@ class Corpus:
         if n < 0:
             raise ValueError(f"{self.name}: the dataset is empty; expected programs in its column {self.column!r}")
         if not found and self.ranks == 1:
-            raise ValueError(f"{self.name}: nothing in it is a Python program that fits ({dict(self.dropped)}); expected Python 3 in the column {self.column!r}")
+            raise ValueError(f"{self.name}: nothing in it is a Python program that fits ({dict(self.dropped)}); "
+                             f"expected Python 3 in the column {self.column!r}")
 
     def documents(self, text) -> list[str]:
         """The program, cut into pieces of at most `limit`; none if it is not Python."""
@@ -744,7 +748,7 @@ def check_references(name: str, problems: list[Problem], box: Sandbox) -> dict:
     if not have:
         raise ValueError(f"{name} has no reference solutions to check")
     failed = {p.id: v.kind for p, v in zip(have, judge(box, [p.job(p.solution) for p in have])) if not v.passed}
-    print(f"{name}: {len(have) - len(failed)} of {len(have)} references pass" + "".join(f"\n    {i}: {kind}" for i, kind in failed.items()), flush=True)
+    print(f"{name}: {len(have) - len(failed)} of {len(have)} references pass", *(f"    {i}: {kind}" for i, kind in failed.items()), sep="\n")
     return {"problems": len(have), "passed": len(have) - len(failed), "failed": failed}
 
 
