@@ -291,8 +291,8 @@ def test_references_of_real_rows_pass(name, count, sample, box):
     problems = load(name, DATA)
     assert len(problems) == count and len({p.id for p in problems}) == count
     # Left out, as no right answer passes: instances of the program's own class as arguments, modules that no sandbox has, wrong oracles,
-    # several right answers, answers that take longer than a test suite should.
-    unfit = {f"mbpp/{i}" for i in (367, 601, 927, 255, 271, 392, 599)} | {f"HumanEval/{i}" for i in (15, 32, 130, 139)}
+    # several right answers (or one that hangs on the order of a set), answers that take longer than a test suite should.
+    unfit = {f"mbpp/{i}" for i in (367, 601, 927, 255, 271, 392, 599)} | {f"HumanEval/{i}" for i in (15, 32, 130, 139)} | {"leetcode/word-ladder-ii"}
     whole = [p for p in problems if p.id not in unfit and not re.search("SortedList|numpy", p.solution)]
     picked = random.Random(name).sample(whole, sample)
     verdicts = bench.judge(box, [p.job(p.solution) for p in picked])
