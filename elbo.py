@@ -22,6 +22,7 @@ ends where the next decision point says `act`: that last gate is part of q(z_t) 
 Symbols: B rows, T tokens, L lines, V vocabulary. All likelihoods are natural logarithms (nats).
 """
 import io
+import re
 import tokenize
 from dataclasses import dataclass, field
 
@@ -89,12 +90,12 @@ def statements(source: str) -> list[int]:
     Raises ValueError if `source` is not Python.
     """
     starts = [0]
-    for line in source.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
+    for line in source.split("\n"):                      # not splitlines, which also splits at form feeds and the like
+        starts.append(starts[-1] + len(line) + 1)
     skip = (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     out, fresh = [], True
     try:
-        for tok in tokenize.generate_tokens(io.StringIO(source, newline="").readline):
+        for tok in tokenize.generate_tokens(io.StringIO(source, newline="\n").readline):
             if tok.type == tokenize.NEWLINE:
                 fresh = True
             elif fresh and tok.type not in skip:
@@ -111,10 +112,10 @@ def strip_comments(source: str) -> str:
     Comment lines are the very thing that is latent here. Raises ValueError if `source` is not Python.
     """
     try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+        tokens = list(tokenize.generate_tokens(io.StringIO(source, newline="\n").readline))
     except (tokenize.TokenError, SyntaxError) as e:
         raise ValueError(f"not a Python program: {e.args[0]}") from None
-    lines = source.splitlines(keepends=True)
+    lines = re.findall(r".*\n|.+", source)
     inside = {n for tok in tokens for n in range(tok.start[0] + 1, tok.end[0] + 1) if tok.type != tokenize.NEWLINE}
     alone = {tok.start[0] for tok in tokens if tok.type == tokenize.COMMENT and lines[tok.start[0] - 1].lstrip().startswith("#")}
     out = []
