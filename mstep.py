@@ -103,7 +103,8 @@ def m_step(run, stage: str, model: GPT, data, traces: list[Trace], heldout: list
         probe(step)
         order = np.random.default_rng(run.draw("mstep", step // per_epoch)).permutation(len(traces))
         picked = [traces[i] for i in order[step % per_epoch * s.m_programs:][:s.m_programs]]
-        batches = [packed_batch(picked, rows, run.device) for rows in chunks(run.mine(pack(picked, s.row_tokens)), s.micro_batch)]
+        length = max(s.row_tokens, *(len(t.tokens) for t in picked))
+        batches = [packed_batch(picked, rows, run.device) for rows in chunks(run.mine(pack(picked, length)), s.micro_batch)]
         with run.autocast():
             run.update(model, optimizer, (loss(model, b) for b in batches), sum(int(counted(b).sum()) for b in batches))
     probe(n)

@@ -19,6 +19,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -61,6 +62,11 @@ class Settings:
     pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
     pretrain_tokens: int = option(7_000_000, "solution tokens of that: arithmetic appears after about 2M in a phase change")
     # data
+    data: str = option("world", "experts' programs: world; a benchmark with solutions (leetcode:train); or a corpus: a hub name, file or folder")
+    column: str = option("text", "the corpus column that holds the programs")
+    benchmark: str = option("world", "held-out problems: world, or a benchmark (humaneval, mbpp, leetcode:test ...)")
+    rl_data: str = option("world", "RLVR's problems: world, or a benchmark (mbpp-docstring:train, leetcode:train ...)")
+    data_dir: str = option("", "folder with the benchmarks as JSONL files; default: the hub")
     experts: int = option(2048, "expert programs: about three epochs of the M-step, the same for NTP and RA3")
     eval_problems: int = option(128, "held-out problems of the final scores: a standard error of about 4 points per seed")
     curve_problems: int = option(64, "of which are used for the curves on the way")
@@ -85,7 +91,7 @@ class Settings:
     m_steps: int = option(100, "updates")
     m_programs: int = option(64, "programs per update")
     m_lr: float = option(3e-4, "AdamW's peak, after 10 steps of warm-up, decaying linearly to a tenth; best for NTP of 1e-4, 3e-4 and 1e-3")
-    row_tokens: int = option(256, "length of packed rows")
+    row_tokens: int = option(256, "length of packed rows; a longer program has a row of its own length")
     # RLVR
     rl_steps: int = option(20, "GRPO updates")
     rl_problems: int = option(16, "problems per update")
@@ -371,13 +377,43 @@ class Data:
 
 
 def load_data(s: Settings, model: GPT, device) -> Data:
-    enc = load_tokenizer(s.model)
-    evaluation = bench.world("eval", s.eval_problems, seed=0)
+    """Experts' programs, held-out problems and RL problems: of the embedded world, or from files and the hub by name.
 
-    def parse(problems):
-        return [elbo.parse(enc, p.prompt, p.solution, model.config.eos_id) for p in problems]
-    return Data(enc, elbo.opener_mask(enc, model.config.vocab_size).to(device), parse(bench.world("train", s.experts, seed=0)),
-                parse(evaluation), evaluation, bench.world("train", s.rl_pool, seed=1))
+    Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
+    """
+    enc, eos = load_tokenizer(s.model), model.config.eos_id
+    room = model.config.context - s.max_rationale
+
+    def programs(name: str, texts, least: int) -> list[elbo.Program]:
+        out, n = [], 0
+        for n, (where, prompt, solution) in enumerate(texts, 1):
+            try:
+                p = elbo.parse(enc, prompt, solution, eos)
+            except ValueError as e:
+                raise ValueError(f"{name}: {where}: {e}") from None
+            out += [p] if len(p) <= room else []
+        if len(out) < least:
+            raise ValueError(f"{name}: {len(out)} of {n} programs fit the context with room for a rationale ({room} tokens), "
+                             f"{least} are needed; give more or shorter programs, or a model with a longer context")
+        return out
+
+    def solved(problems):
+        return ((p.id, p.prompt, p.solution) for p in problems if p.solution)
+    least = max(s.e_programs, s.m_programs)
+    if s.data == "world":
+        experts = programs("world", solved(bench.world("train", s.experts, seed=0)), s.experts)
+    elif s.data.partition("@")[0].partition(":")[0] in bench.SOURCES:
+        experts = programs(s.data, solved(bench.load(s.data, s.data_dir or None, limit=s.experts)), least)
+    else:
+        corpus = bench.Corpus(s.data, s.column, limit=room, size=lambda text: len(enc.encode_ordinary(text)) + 2)
+        experts = programs(s.data, ((f"program {i}", "", text) for i, text in enumerate(itertools.islice(corpus, s.experts))), least)
+    if s.benchmark == "world":
+        evaluation = bench.world("eval", s.eval_problems, seed=0)
+    else:
+        evaluation = bench.load(s.benchmark, s.data_dir or None, limit=s.eval_problems)
+    heldout = programs(s.benchmark, solved(evaluation), 1)
+    rl = bench.world("train", s.rl_pool, seed=1) if s.rl_data == "world" else bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
+    return Data(enc, elbo.opener_mask(enc, model.config.vocab_size).to(device), experts, heldout, evaluation, rl)
 
 
 class Scorer:
@@ -425,7 +461,7 @@ def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
     programs = [[data.enc.decode([x for x, k in zip(t.tokens, t.kind) if k in kinds]) for kinds in
                  ((elbo.PROMPT, elbo.ACTION), (elbo.PROMPT, elbo.ACTION, elbo.LATENT))] for t in traces[:6]]
     return dict(think=sum(z for _, z in seen.values()) / sum(n for n, _ in seen.values()), think_needed=rate(True),
-                think_other=rate(False), forms={form: [n, z / n] for form, (n, z) in sorted(seen.items())}, programs=programs)
+                think_other=rate(False), forms={form: [n, z / n] for form, (n, z) in sorted(sorted(seen.items(), key=lambda x: -x[1][0])[:20])}, programs=programs)
 
 
 def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
@@ -656,7 +692,8 @@ def main(s: Settings):
     if s.pretrain:
         return pretrain(Run(s, Path(s.pretrain), s.seed), s.pretrain)
     first = ranks == 1 or dist.get_rank() == 0
-    base = GPT.from_pretrained(s.model)
+    base = GPT.from_pretrained(s.model).to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
+    data = load_data(s, base, base.device)                   # before anything is written: bad data leaves nothing behind
     shared = [str(start_folder(s)) if first else None]
     if ranks > 1:
         dist.broadcast_object_list(shared)
@@ -667,8 +704,7 @@ def main(s: Settings):
         for name, flags in variants.items():
             for seed in seeds:
                 run = Run(dataclasses.replace(s, **flags), folder / slug(name) / f"seed{seed}", seed)
-                data = load_data(run.s, base, run.device)
-                (ablation if s.ablations else experiment)(run, base.to(run.device), data, box)
+                (ablation if s.ablations else experiment)(run, base, data, box)
     if first:
         numbers = (report_ablations if s.ablations else report)(folder, seeds, s)
         print(f"{folder / 'report.md'}: tables and figures; {(time.time() - began) / 60:.1f} minutes")

@@ -115,12 +115,31 @@ def test_an_infinite_penalty_is_next_token_prediction_exactly(tmp_path):
     (["--resume"], "say which run, with --name"),
     (["--resume", "--name", "nothing"], "holds no run to resume"),
     (["--model", "/no/such/folder"], "/no/such/folder"),
+    (["--data", "no/such/corpus.jsonl"], "no/such/corpus.jsonl"),
+    (["--data", str(ROOT / "Makefile")], "Makefile"),
+    (["--benchmark", "humanevil"], "humanevil"),
+    (["--max-rationale", "500"], "programs fit the context"),
 ])
 def test_bad_input_gets_one_sentence_and_status_2(tmp_path, flags, said):
     done = run(tmp_path, *flags)
     assert done.returncode == 2
     assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*"))                                # nothing half-written
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("english.py", "This is no program, it is a letter.\n", "english.py"),
+    ("empty.jsonl", "", "empty.jsonl"),
+    ("broken.jsonl", '{"text": "x = 1"}\n{"text": \n', "broken.jsonl, line 2"),
+    ("column.jsonl", '{"code": "x = 1"}\n', "no column 'text'"),
+    ("few.jsonl", '{"text": "x = 1"}\n', "are needed"),
+    ("long.jsonl", json.dumps({"text": "x = [" + "1, " * 3000 + "]\n"}), "long.jsonl"),
+])
+def test_bad_corpora_get_one_sentence_too(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    done = run(tmp_path, *SMALL, "--data", name)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_checkpoint_of_another_shape_is_named(tmp_path):
