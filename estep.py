@@ -127,7 +127,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         thinking = []
         for b, (r, q) in enumerate(zip(rows, p_open)):
             start = r.t
-            room = size - len(r.trace.tokens) - len(tails[b]) > max_rationale + 8
+            room = size - len(r.trace.tokens) - len(tails[b]) >= max_rationale + 8
             if r.decide(q.tolist(), mode if room else "never"):
                 thinking.append((b, int(firsts[b]) + r.t - start))
         if not thinking:

@@ -84,7 +84,7 @@ def test_decision_points_stand_at_statements_only(enc):
     p = elbo.parse(enc, "", code, enc.eot_token)
     first = [enc.decode(line).strip().split("\n")[0] for line in p.lines]
     assert first == ["import os", "class Stack:", '"""A stack.', "def __init__(self, items=(1,", "self.items = list(items)  # beside code",
-                     "if not items:", "self.items = [", "def pop(self):", "return self.items.pop()<|endoftext|>"]
+                     "if not items:", "self.items = [", "def pop(self):", "return self.items.pop()"]
     assert p.closings[4] == "\n       " and p.closings[0] == "\n"
 
 

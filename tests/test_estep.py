@@ -144,7 +144,7 @@ def reference_rollout(model, enc, p, seed, openers):
 
 
 def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc):
-    model, openers = tiny(3), elbo.opener_mask(enc, 5)
+    model, openers = tiny(4), elbo.opener_mask(enc, 5)
     programs = [elbo.parse(enc, "a\n", body, EOS) for body in ("x\na\nxx\nax\n", "x\n", "a\naa\nx\n")] * 10
     seeds = [[1, i] for i in range(len(programs))]
     fast = estep.rollout(model, enc, programs, seeds, openers, max_rationale=12)
