@@ -227,14 +227,16 @@ class Run:
     def stage(self, name: str, start: GPT, work) -> GPT:
         """Train a copy of `start` by work(model) and keep it as runs/<name>/<stage>; a stage that is there is only loaded."""
         folder = self.dir / name
-        if not (folder / "model.safetensors").exists():
+        if not any(r.get("key") == f"cost/{name}" for r in self.records):
             model = self.meter(copy.deepcopy(start))
             began, before = time.time(), self.compute
             work(model)
+            # A crash between any two of these lines only repeats the end of the stage: the committed record is what says it is done.
+            if self.rank == 0:
+                model.save_pretrained(folder)
             self.log(key=f"cost/{name}", seconds=round(time.time() - began, 1), compute=int(self.sum(self.compute - before)[0]))
             self.commit()
             if self.rank == 0:
-                model.save_pretrained(folder)
                 (self.dir / "state.pt").unlink(missing_ok=True)
             self.barrier()
         return GPT.from_pretrained(folder, device=self.device)
@@ -530,9 +532,9 @@ def paired_p(a: list[float], b: list[float]) -> float:
     if n < 2 or d.std() == 0:
         return math.nan
     t, nu = d.mean() / (d.std(ddof=1) / n ** 0.5), n - 1
-    x = np.linspace(0, abs(t), 20_001)
+    x = (np.arange(20_000) + 0.5) / 20_000 * abs(t)
     pdf = math.gamma((nu + 1) / 2) / (math.gamma(nu / 2) * (nu * math.pi) ** 0.5) * (1 + x ** 2 / nu) ** (-(nu + 1) / 2)
-    return 0.5 - math.copysign(np.trapezoid(pdf, x), t)
+    return 0.5 - pdf.mean() * t
 
 
 def percent(values: list[float]) -> str:
@@ -692,6 +694,8 @@ def main(s: Settings):
     if s.pretrain:
         return pretrain(Run(s, Path(s.pretrain), s.seed), s.pretrain)
     first = ranks == 1 or dist.get_rank() == 0
+    if s.model == "base" and not Path("base").exists():
+        s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
     base = GPT.from_pretrained(s.model).to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
     data = load_data(s, base, base.device)                   # before anything is written: bad data leaves nothing behind
     shared = [str(start_folder(s)) if first else None]

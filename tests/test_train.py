@@ -17,7 +17,7 @@ import train
 ROOT = Path(__file__).parent.parent
 SMALL = ("--experts 64 --eval-problems 6 --samples 2 --e-steps 4 --e-programs 4 --e-rollouts 4 --m-steps 6 --m-programs 16 --rl-steps 4 "
          "--rl-problems 4 --rl-group 4 --rl-pool 16 --max-new-tokens 150 --save-every 2 --threads 1").split() + ["--model", str(ROOT / "base")]
-STAGES = ("estep", "ra3", "ntp", "rlvr-base", "rlvr-ntp", "rlvr-ra3")
+STAGES = ("estep", "ra3", "ntp", "rlvr-base", "rlvr-ntp", "rlvr-ra3")      # ntp-long is checked by the log
 
 
 def command(*flags: str, ranks: int = 1) -> list[str]:
@@ -63,7 +63,8 @@ def test_two_ranks_train_as_one_does(whole, tmp_path):
     done = run(tmp_path, *SMALL, "--name", "two", ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = whole[0] / "seed0", tmp_path / "runs/two/seed0"
-    a, b = ([r for r in metrics(f) if "phase" in r] for f in (one, two))
+    # The length of ntp-long follows from the tokens that went through the models, padding included, which depends on the ranks.
+    a, b = ([r for r in metrics(f) if r.get("phase", "ntp-long") != "ntp-long"] for f in (one, two))
     assert len(a) == len(b)
     for x, y in zip(a, b):
         for k in set(x) - {"show", "phase"}:
@@ -105,12 +106,22 @@ def test_an_infinite_penalty_is_next_token_prediction_exactly(tmp_path):
     assert ra3 == ntp
 
 
+def refused(folder: Path, monkeypatch, *flags: str) -> str:
+    """What a run says that must not start. It leaves nothing behind."""
+    monkeypatch.chdir(folder)
+    before = set(folder.rglob("*"))
+    with pytest.raises((ValueError, OSError)) as e:
+        train.main(train.parse_flags([*SMALL, *flags]))
+    assert set(folder.rglob("*")) == before
+    return str(e.value)
+
+
 @pytest.mark.parametrize("flags, said", [
-    (["--learning-speed", "3"], "unrecognized arguments: --learning-speed"),
     (["--e-rollouts", "1"], "--e-rollouts 1: a baseline needs at least 2"),
     (["--experts", "0"], "--experts 0: must be at least 1"),
     (["--experts", "10"], "--experts 10"),
     (["--m-lr", "-1"], "--m-lr -1.0: a learning rate"),
+    (["--c", "nan"], "--c nan"),
     (["--rationales", "sometimes"], "expected one of learned, always, first, never"),
     (["--resume"], "say which run, with --name"),
     (["--resume", "--name", "nothing"], "holds no run to resume"),
@@ -120,11 +131,9 @@ def test_an_infinite_penalty_is_next_token_prediction_exactly(tmp_path):
     (["--benchmark", "humanevil"], "humanevil"),
     (["--max-rationale", "500"], "programs fit the context"),
 ])
-def test_bad_input_gets_one_sentence_and_status_2(tmp_path, flags, said):
-    done = run(tmp_path, *flags)
-    assert done.returncode == 2
-    assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("*"))                                # nothing half-written
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, flags, said):
+    sentence = refused(tmp_path, monkeypatch, *flags)
+    assert said in sentence and "\n" not in sentence
 
 
 @pytest.mark.parametrize("name, text, said", [
@@ -135,28 +144,33 @@ def test_bad_input_gets_one_sentence_and_status_2(tmp_path, flags, said):
     ("few.jsonl", '{"text": "x = 1"}\n', "are needed"),
     ("long.jsonl", json.dumps({"text": "x = [" + "1, " * 3000 + "]\n"}), "long.jsonl"),
 ])
-def test_bad_corpora_get_one_sentence_too(tmp_path, name, text, said):
+def test_bad_corpora_get_one_sentence_too(tmp_path, monkeypatch, name, text, said):
     (tmp_path / name).write_text(text)
-    done = run(tmp_path, *SMALL, "--data", name)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "runs").exists()
+    sentence = refused(tmp_path, monkeypatch, "--data", name)
+    assert said in sentence and "\n" not in sentence
 
 
-def test_a_checkpoint_of_another_shape_is_named(tmp_path):
+def test_a_checkpoint_of_another_shape_is_named(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
     for f in (ROOT / "base").iterdir():
         (folder / f.name).write_bytes(f.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
-    done = run(tmp_path, "--model", str(folder))
-    assert done.returncode == 2 and "gate_proj" in done.stderr and "Traceback" not in done.stderr
+    sentence = refused(tmp_path, monkeypatch, "--model", str(folder))
+    assert "mlp" in sentence and "336" in sentence and "\n" not in sentence
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_the_command_prints_the_sentence_and_ends_with_status_2(tmp_path):
+    for flags, said in ((["--learning-speed", "3"], "unrecognized arguments: --learning-speed"), (["--gamma", "2"], "--gamma 2.0: a discount")):
+        done = run(tmp_path, *flags)
+        assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        assert not list(tmp_path.rglob("*"))
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "runs").write_text("a file where the folder should be")
-    done = run(tmp_path, *SMALL)
-    assert done.returncode == 2 and "runs" in done.stderr and "Traceback" not in done.stderr
+    assert "runs" in refused(tmp_path, monkeypatch)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path):
@@ -167,11 +181,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path):
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_an_existing_run_is_not_overwritten(whole):
-    done = run(whole[0].parent.parent, *SMALL, "--name", "one")
-    assert done.returncode == 2 and "--resume" in done.stderr
-    done = run(whole[0].parent.parent, *SMALL, "--name", "one", "--resume", "--e-lr", "0.5")
-    assert done.returncode == 2 and "was started with" in done.stderr
+def test_an_existing_run_is_not_overwritten(whole, monkeypatch):
+    where = whole[0].parent.parent
+    assert "--resume" in refused(where, monkeypatch, "--name", "one")
+    assert "was started with" in refused(where, monkeypatch, "--name", "one", "--resume", "--e-lr", "0.5")
 
 
 def test_the_paired_t_test_agrees_with_known_values():
