@@ -92,6 +92,17 @@ def check(candidate):
         assert verdict_of(sandbox, source, test, "f", prelude, kind=Check).passed
 
 
+def test_a_match_travels_without_its_regex(sandbox):
+    source = "import re\ndef f(text): return re.search('(a)(b)?c', text)"
+    tests = ("assert f('xac') and not f('b') and f('b') is None", "assert f('xac').group() == 'ac' and f('xac').groups() == ('a', None)",
+             "assert f('xac').span() == (1, 3) and f('xac').end(2) == -1", "assert f('ac').group(0, 1) == ('ac', 'a')")
+    assert verdict_of(sandbox, source, tests).passed
+    lie = "import re\nclass L(str):\n    def __eq__(self, other): return True\ndef f(text): return re.match('.*', L('q'))"
+    for test in ("assert f('xac') == 'ac'", "assert f('xac') == True", "assert f('xac').group() == 'ac'", "assert not f('b')"):
+        verdict = verdict_of(sandbox, lie, (test,))
+        assert verdict.kind == "wrong answer", (test, verdict)
+
+
 def test_a_class_that_only_the_program_knows_does_not_travel(sandbox):
     source = "class Yes:\n    def __eq__(self, other): return True\ndef f(): return Yes()"
     assert verdict_of(sandbox, source, ("assert f() == 1",)).kind == "exception"
