@@ -28,20 +28,6 @@ Nobody tells the model which of them pay. Training and evaluation problems are d
 import argparse
 import ast
 import base64
-import datetime
-import io
-import json
-import pickle
-import argparse
-import ast
-import base64
-import datetime
-import io
-import json
-import pickle
-import argparse
-import ast
-import base64
 import io
 import json
 import pickle
@@ -266,10 +252,10 @@ class Step:
 
 
 def draw_step(rng: random.Random, kind: str, n_terms: int) -> Step:
-    terms, value = [("", rng.randint(1, 9))], 0
-    value = terms[0][1]
+    value = rng.randint(1, 9)
+    terms = [("", value)]
     while len(terms) < n_terms:
-        op = rng.choices("+-*", (2, 2, 2))[0]
+        op = rng.choices("+-*")[0]
         n = rng.randint(2, 3) if op == "*" else rng.randint(1, 9)
         new = {"+": value + n, "-": value - n, "*": value * n}[op]
         if 0 <= new <= LIMIT:

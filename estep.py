@@ -18,7 +18,8 @@ Where this departs from the paper, or where the paper is silent:
  2. Rewards are sums over a line's tokens, in nats, as in Theorem 3.1; the paper's c = 0.05 seems to go with means per token.
  3. A line's reward is cut off at -`floor` nats: the tail of rare, very wrong rationales makes most of the variance.
  4. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
- 5. A rationale is at most `max_rationale` tokens, one line; a longer, empty or unclosed one is closed by force and pays for it.
+ 5. One round of E-step and M-step, on one draw of latents per program; the M-step goes on from q's weights.
+ 6. A rationale is at most `max_rationale` tokens, one line; a longer, empty or unclosed one is closed by force and pays for it.
 """
 import copy
 
@@ -43,6 +44,7 @@ class _Rollout:
         self.t = 0                                  # next line
         self.latent: list[int] = []                 # the rationale being written before it
         self.closed = self.forced = False           # a rationale before line t is complete; line t must follow now
+        self.spent = 0                              # its tokens
 
     def tail(self) -> list[int]:
         return [token for line in self.program.lines[self.t:] for token in line]
@@ -60,7 +62,7 @@ class _Rollout:
             if p > 0.0 and self.rng.random() < p:
                 return True
             self.trace.add(self.program.lines[self.t], ACTION, self.t, gate)
-            self.t, self.closed, self.forced = self.t + 1, False, False
+            self.t, self.closed, self.forced, self.spent = self.t + 1, False, False, 0
         return False
 
     def write(self, token: int, gate: int = elbo.NO_GATE):
@@ -73,6 +75,8 @@ class _Rollout:
         body, newline, rest = text.partition("\n")
         closing = self.program.closings[self.t]
         broken = self.closed                                    # it stands right after another one: two comment lines
+        # To Python a carriage return ends the comment, a NUL ends the program; the end of the document ends it for the model.
+        broken = broken or "\r" in body or "\0" in body or self.latent[-1] in enc._special_tokens.values()
         if newline:
             broken = broken or not body.strip(" #\t\r") or not closing.startswith("\n" + rest)
             finished = "\n" + rest == closing
@@ -84,7 +88,7 @@ class _Rollout:
             self.trace.broken.add(self.t)
             self.trace.add(enc.encode_ordinary(closing), PROMPT, self.t)
             self.forced = True
-        self.closed, self.latent = True, []
+        self.closed, self.spent, self.latent = True, len(self.latent), []
         return True
 
 
@@ -103,19 +107,23 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     out = [r.trace for r in rows]
     if mode == "never" or not rows:
         return [p.trace() for p in programs]
-    size = min(cfg.context, max(len(p) + (len(p.lines) if mode != "first" else 1) * (max_rationale + 8) for p in programs))
+    # Room for a rationale: its tokens, and a closing that had to be forced.
+    rationale = max_rationale + 1 + max(len(enc.encode_ordinary(c)) for c in {c for p in programs for c in p.closings})
+    size = min(cfg.context, max(len(p) + (1 if mode == "first" else len(p.lines)) * rationale for p in programs))
     cache = KVCache(cfg, len(rows), size, dev, next(model.parameters()).dtype)
     openers = openers.to(dev)
     while rows:
-        # Score what each row has not seen yet, and all of its remaining lines behind it.
-        fed = cache.length.tolist()
-        pending = [r.trace.tokens[n:] for r, n in zip(rows, fed)]
-        tails = [r.tail() for r in rows]
-        logits = model(pad([a + b for a, b in zip(pending, tails)], cfg.eos_id, dev), cache=cache)      # (B, T, V)
+        # Score what each row has not seen yet, and all of its remaining lines behind it. Shorter rows begin earlier, with tokens
+        # that are cached already (and get the same values again), so that no row is padded past its own end.
+        texts = [r.trace.tokens + r.tail() for r in rows]
+        width = max(len(text) - seen for text, seen in zip(texts, cache.length.tolist()))
+        starts = [max(len(text) - width, 0) for text in texts]
+        cache.length = torch.tensor(starts, device=dev)
+        logits = model(pad([text[i:] for text, i in zip(texts, starts)], cfg.eos_id, dev), cache=cache)   # (B, T, V)
         # The gate of a line is decided by the logits of the token before it.
         where, counts = [], []
         for b, r in enumerate(rows):
-            i, n = len(pending[b]) - 1, 0
+            i, n = len(r.trace.tokens) - 1 - starts[b], 0
             for line in r.program.lines[r.t:]:
                 where.append((b, i))
                 i, n = i + len(line), n + 1
@@ -127,8 +135,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         thinking = []
         for b, (r, q) in enumerate(zip(rows, p_open)):
             start = r.t
-            room = size - len(r.trace.tokens) - len(tails[b]) >= max_rationale + 8
-            if r.decide(q.tolist(), mode if room else "never"):
+            if r.decide(q.tolist(), mode if len(texts[b]) - r.spent + rationale <= size else "never"):
                 thinking.append((b, int(firsts[b]) + r.t - start))
         if not thinking:
             break

@@ -229,10 +229,17 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, dtype: torch.dtype | None = None):
         """Write config.json and model.safetensors as `transformers` and vLLM read them, in `dtype` (default: the model's own)."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
+
+        def write(tmp: Path):
+            try:
+                save_file(weights, tmp, metadata={"format": "pt"})
+            except SafetensorError as e:                                # which is what a full disk looks like there
+                raise OSError(f"{folder} cannot be written: {e}") from None
         weights = {hub_key(k): v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
         config = write_config(self.config, dtype or self.embed_tokens.weight.dtype)
-        write_whole(Path(folder) / "model.safetensors", lambda tmp: save_file(weights, tmp, metadata={"format": "pt"}))
+        write_whole(Path(folder) / "model.safetensors", write)
         write_whole(Path(folder) / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2) + "\n"))
 
 

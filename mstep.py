@@ -105,6 +105,12 @@ def m_step(run, stage: str, model: GPT, data, traces: list[Trace], heldout: list
         picked = [traces[i] for i in order[step % per_epoch * s.m_programs:][:s.m_programs]]
         length = max(s.row_tokens, *(len(t.tokens) for t in picked))
         batches = [packed_batch(picked, rows, run.device) for rows in chunks(run.mine(pack(picked, length)), s.micro_batch)]
-        with run.autocast():
-            run.update(model, optimizer, (loss(model, b) for b in batches), sum(int(counted(b).sum()) for b in batches))
+
+        def losses():
+            for b in batches:
+                with run.autocast():
+                    total = loss(model, b)
+                yield total
+
+        run.update(model, optimizer, losses(), sum(int(counted(b).sum()) for b in batches))
     probe(n)

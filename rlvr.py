@@ -14,7 +14,8 @@ Details, and where they come from:
  3. Token-level normalisation over the global batch, not per sample: long samples are not favoured (DAPO).
  4. Groups in which all samples earn the same carry no signal; they are dropped, and their share is reported.
  5. No KL to a reference by default; the k3 estimator (Schulman) is an option.
- 6. Samples are drawn at temperature 1 without filters, and just that distribution is scored.
+ 6. One update per batch of samples: the ratio is 1 up to rounding, and the clip a safeguard.
+ 7. Samples are drawn at temperature 1 without filters, and just that distribution is scored.
 """
 import copy
 

@@ -42,7 +42,7 @@ import elbo
 import estep
 import mstep
 import rlvr
-from model import GPT, GPTConfig, load_tokenizer, save_tokenizer
+from model import GPT, GPTConfig, load_tokenizer, save_tokenizer, write_whole
 from sandbox import Sandbox
 
 
@@ -121,8 +121,8 @@ class Settings:
         need(self.rl_group >= 2, "rl_group", "a group needs at least 2 samples")
         need(self.experts >= max(self.e_programs, self.m_programs), "experts", "one update takes more; lower --e-programs and --m-programs too")
         need(self.rl_pool >= self.rl_problems, "rl_pool", "one update takes more; lower --rl-problems too")
-        need(self.c >= 0, "c", "a penalty is not negative")
-        need(self.beta >= 0, "beta", "a weight is not negative")
+        for name in ("c", "beta", "floor", "broken_cost", "e_anchor", "kl", "clip_low", "clip_high"):
+            need(getattr(self, name) >= 0, name, "a penalty or weight is not negative")
         need(0 < self.p_think < 1, "p_think", "a probability strictly between 0 and 1 is needed")
         need(0 < self.gamma <= 1, "gamma", "a discount lies in (0, 1]")
         need(self.rationales in estep.MODES, "rationales", f"expected one of {', '.join(estep.MODES)}")
@@ -155,8 +155,11 @@ class Run:
         self.path = folder / "metrics.jsonl"
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "progress.json").exists():      # what was logged after the last checkpoint will be logged again
-            size = json.loads((folder / "progress.json").read_text())["log_bytes"]
+        marks = [json.loads(f.read_text())["log_bytes"] for f in [folder / "progress.json"] if f.exists()]
+        if (folder / "state.pt").exists():
+            marks.append(torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["log_bytes"])
+        if marks:                                    # what was logged after the last checkpoint will be logged again
+            size = max(marks)
             self.records = [json.loads(line) for line in self.path.read_bytes()[:size].splitlines()]
             self.barrier()
             if self.rank == 0:
@@ -173,8 +176,8 @@ class Run:
         """Count the tokens that go through this model, or through copies of it, in `compute`."""
         def count(module, args):
             self.compute += args[0].numel() * (3 if torch.is_grad_enabled() else 1)
-        if not model._forward_pre_hooks:
-            model.register_forward_pre_hook(count)
+        model._forward_pre_hooks.clear()             # that of another run
+        model.register_forward_pre_hook(count)
         return model
 
     # ranks -----------------------------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ class Run:
     def commit(self):
         """From here on a restart keeps what has been logged."""
         if self.rank == 0:
-            write_atomically(self.dir / "progress.json", json.dumps({"log_bytes": self.path.stat().st_size}))
+            write_text(self.dir / "progress.json", json.dumps({"log_bytes": self.path.stat().st_size}))
 
     def once(self, key: str, work) -> dict:
         """The record called `key`: found in the log, or made by work() and logged."""
@@ -248,7 +251,7 @@ class Run:
         """
         path, first = self.dir / "state.pt", 0
         if path.exists():
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             if state["stage"] == stage:
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
@@ -266,8 +269,8 @@ class Run:
                 state = dict(stage=stage, step=step + 1, compute=self.sum(self.compute - before)[0], model=model.state_dict(),
                              optimizer=optimizer.state_dict())
                 if self.rank == 0:
-                    write_atomically(path, state)
-                self.commit()
+                    torch.save(state | {"log_bytes": self.path.stat().st_size}, buffer := io.BytesIO())
+                    write_whole(path, lambda tmp: tmp.write_bytes(buffer.getvalue()))     # torch's own writer hides the OSError
                 self.barrier()
 
     # one optimizer step ----------------------------------------------------------------------------------------------
@@ -282,7 +285,9 @@ class Run:
         micro-batches, none included, and the result is that of one process. Returns the gradient norm before clipping.
         """
         optimizer.zero_grad(set_to_none=True)
-        count = max(self.sum(count)[0], 1)
+        count = self.sum(count)[0]
+        if not count:
+            return 0.0                               # no rank has a signal: an optimizer would still move by its momentum
         for loss in losses:
             (loss / count).backward()
         params = list(model.parameters())
@@ -296,19 +301,8 @@ class Run:
         return norm.item()
 
 
-def write_atomically(path: Path, content):
-    """A reader, or a restart after a crash or a full disk, finds the old file or the new one, never half of one."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        if isinstance(content, str):
-            tmp.write_text(content)
-        else:
-            torch.save(content, buffer := io.BytesIO())                          # to memory first: torch's own writer hides the OSError
-            tmp.write_bytes(buffer.getvalue())
-        os.replace(tmp, path)
-    except OSError:
-        tmp.unlink(missing_ok=True)
-        raise
+def write_text(path: Path, text: str):
+    write_whole(path, lambda tmp: tmp.write_text(text))
 
 
 # --------------------------------------------------------------------------------------------------------- the base model
@@ -401,6 +395,8 @@ def load_data(s: Settings, model: GPT, device) -> Data:
 
     def solved(problems):
         return ((p.id, p.prompt, p.solution) for p in problems if p.solution)
+    if enc.n_vocab > model.config.vocab_size:
+        raise ValueError(f"the tokenizer of {s.model} has {enc.n_vocab} tokens, its model {model.config.vocab_size}: they do not belong together")
     least = max(s.e_programs, s.m_programs)
     if s.data == "world":
         experts = programs("world", solved(bench.world("train", s.experts, seed=0)), s.experts)
@@ -413,8 +409,17 @@ def load_data(s: Settings, model: GPT, device) -> Data:
         evaluation = bench.world("eval", s.eval_problems, seed=0)
     else:
         evaluation = bench.load(s.benchmark, s.data_dir or None, limit=s.eval_problems)
-    heldout = programs(s.benchmark, solved(evaluation), 1)
     rl = bench.world("train", s.rl_pool, seed=1) if s.rl_data == "world" else bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
+    for name, problems in ((s.benchmark, evaluation), (s.rl_data, rl)):
+        for p in problems:
+            if (n := len(enc.encode_ordinary(p.prompt))) + s.max_new_tokens > model.config.context:
+                raise ValueError(f"{name}: the prompt of {p.id} has {n} tokens, which with --max-new-tokens {s.max_new_tokens} exceeds the context "
+                                 f"of {model.config.context}")
+    if len(rl) < s.rl_problems:
+        raise ValueError(f"{s.rl_data}: {len(rl)} problems, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
+    if not any(p.solution for p in evaluation):
+        raise ValueError(f"{s.benchmark} has no solutions, which the held-out cross-entropy needs; choose a benchmark that has")
+    heldout = programs(s.benchmark, solved(evaluation), 1)
     return Data(enc, elbo.opener_mask(enc, model.config.vocab_size).to(device), experts, heldout, evaluation, rl)
 
 
@@ -441,10 +446,10 @@ class Scorer:
 
     def full(self, model: GPT) -> dict:
         """Greedy accuracy, and unbiased pass@1 and pass@5 at temperature 1."""
-        k, n = self.run.s.samples, self.run.s.eval_problems
-        right = self.attempt(model, k, 1.0, n)
-        one, five = self.run.sum(*(sum(bench.pass_at_k(k, c, m) for c in right) for m in (1, min(5, k))))
-        return {"greedy": self.greedy(model, n), "pass@1": one / n, "pass@5": five / n}
+        k = self.run.s.samples
+        right = self.attempt(model, k, 1.0, self.run.s.eval_problems)
+        one, five, n = self.run.sum(*(sum(bench.pass_at_k(k, c, m) for c in right) for m in (1, min(5, k))), len(right))
+        return {"greedy": self.greedy(model, self.run.s.eval_problems), "pass@1": one / n, "pass@5": five / n}
 
 
 def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
@@ -502,9 +507,9 @@ WHOLE = 10_000                                                                  
 ABLATIONS = {                                                                    # figures 6 and 7: the flags that each changes
     **{f"c={c:g}": dict(c=c) for c in (0.0, 0.01, 0.05, 0.2, 1.0, math.inf)},
     "horizon=1": dict(horizon=1),
-    "horizon=whole": dict(horizon=WHOLE),
+    "horizon=whole": dict(horizon=WHOLE, gamma=1.0),
     "no persistence": dict(rationales="always"),
-    "BRiTE": dict(rationales="first", horizon=WHOLE, gamma=1.0),
+    "BRiTE": dict(rationales="first", horizon=WHOLE, gamma=1.0, max_rationale=120),   # room for all of its steps
     "no RL": dict(e_steps=0),
 }
 
@@ -612,7 +617,7 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     mid = ("ntp", "ra3")
     plot(folder / "mstep_nll.png", "Held-out cross-entropy, same action tokens", "nats per action token", {ARMS[a]: res.curve(a, "nll") for a in mid})
     plot(folder / "mid_accuracy.png", "Accuracy during mid-training", "greedy pass@1", {ARMS[a]: res.curve(a, "greedy") for a in mid})
-    last = {a: res.curve(a, "nll")[1][:, -1] for a in ("ntp", "ntp-long", "ra3")}
+    last = {a: np.array([[r["nll"] for r in log if r.get("phase") == a and "nll" in r][-1] for log in res.logs]) for a in ("ntp", "ntp-long", "ra3")}
     text += ["## Figures 3 and 4: the M-step", "", "![cross-entropy](mstep_nll.png) ![accuracy](mid_accuracy.png)", "",
              "Action cross-entropy at the end, nats per token: " + ", ".join(f"{ARMS[a]} {mean_se(v)[0]:.4f} ± {mean_se(v)[1]:.4f}" for a, v in last.items()) + ".", ""]
     numbers |= {f"nll {a}": round(float(v.mean()), 5) for a, v in last.items()} | {k: round(float(np.mean(res.value("rationales", k))), 4) for k in think}
@@ -624,7 +629,7 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     costs = {r["key"][5:]: r for r in res.logs[0] if r.get("key", "").startswith("cost/")}
     text += ["", "## Cost (first seed)", "", "| stage | seconds | million tokens through the model (a training token counts three times) |", "|---|---|---|"]
     text += [f"| {k} | {r['seconds']:.0f} | {r['compute'] / 1e6:.1f} |" for k, r in costs.items()]
-    write_atomically(folder / "report.md", "\n".join(text) + "\n")
+    write_text(folder / "report.md", "\n".join(text) + "\n")
     print("\n".join(table))
     return numbers
 
@@ -643,7 +648,7 @@ def report_ablations(folder: Path, seeds: list[int], s: Settings) -> dict:
     plot(folder / "ablation_c.png", "The penalty c", "greedy pass@1", {k: v for k, v in curves.items() if k.startswith("c=")})
     plot(folder / "ablation_other.png", "What makes the difference", "greedy pass@1", {k: v for k, v in curves.items() if not k.startswith("c=") or k == f"c={s.c:g}"})
     body = [f"# {folder.name}: ablations, {len(seeds)} seed(s)", "", *text, "", "![c](ablation_c.png) ![others](ablation_other.png)"]
-    write_atomically(folder / "report.md", "\n".join(body) + "\n")
+    write_text(folder / "report.md", "\n".join(body) + "\n")
     print("\n".join(text))
     return numbers
 
@@ -658,7 +663,10 @@ def slug(name: str) -> str:
 def versions() -> dict:
     """Where and with what a run was made."""
     def git(*args):
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        except OSError:                              # no git here
+            return ""
     return dict(commit=git("rev-parse", "HEAD") or None, changed=bool(git("status", "--porcelain")), python=platform.python_version(),
                 torch=torch.__version__, numpy=np.__version__, cpus=os.cpu_count(),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
@@ -678,8 +686,13 @@ def start_folder(s: Settings) -> Path:
     elif folder.exists():
         raise ValueError(f"{folder} exists; go on with it by --resume, or choose another --name")
     else:
+        text = json.dumps(dict(settings=config, **versions()), indent=1)
         folder.mkdir(parents=True)
-        write_atomically(folder / "config.json", json.dumps(dict(settings=config, **versions()), indent=1))
+        try:
+            write_text(folder / "config.json", text)
+        except OSError:
+            folder.rmdir()                           # or neither a new start nor a resume would be possible
+            raise
     return folder
 
 

@@ -21,10 +21,15 @@ from model import GPT, KVCache, load_tokenizer, pad  # noqa: E402
 
 @torch.no_grad()
 def token_by_token(model: GPT, traces: list[elbo.Trace]):
-    tokens = pad([t.tokens for t in traces], model.config.eos_id)
-    cache = KVCache(model.config, *tokens.shape, model.device, torch.float32)
-    for i in range(tokens.shape[1]):
-        model(tokens[:, i:i + 1], cache=cache)
+    """Prompts in one pass, then one token of every program at a time."""
+    prompts = [[x for x, k in zip(t.tokens, t.line) if k < 0] for t in traces]
+    rest = pad([[x for x, k in zip(t.tokens, t.line) if k >= 0] for t in traces], model.config.eos_id)
+    length = torch.tensor([len(p) for p in prompts])
+    cache = KVCache(model.config, len(traces), int(length.max()) + rest.shape[1], model.device, torch.float32)
+    model(pad(prompts, model.config.eos_id), cache=cache)
+    cache.length = length
+    for i in range(rest.shape[1]):
+        model(rest[:, i:i + 1], cache=cache)
         cache.length += 1
 
 

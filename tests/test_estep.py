@@ -67,7 +67,9 @@ def every_trace(enc) -> list[Trace]:
             new = copy(t)
             new.add([token], LATENT, i)
             piece = enc.decode([token])
-            if piece == "\n":
+            if token == EOS:
+                force(new, i)                           # the document does not end inside a comment
+            elif piece == "\n":
                 if text.strip("#"):
                     line(new, i, FREE)                  # closed, and the next gate says act
                     new.add([0], LATENT, i, FREE)       # closed, but another comment opens
@@ -77,7 +79,7 @@ def every_trace(enc) -> list[Trace]:
             elif len(text) + 1 == MAX:
                 force(new, i)                           # too long
             else:
-                body(new, i, text + ("<|endoftext|>" if token == EOS else piece)[:1])
+                body(new, i, text + piece)
 
     start = Trace()
     start.add(p.prompt, PROMPT)
@@ -128,7 +130,7 @@ def reference_rollout(model, enc, p, seed, openers):
             t.add([token], LATENT, i, FREE)
             latent = [token]
             broken = closed
-            while not broken and len(latent) < 12 and "\n" not in enc.decode(latent):
+            while not broken and len(latent) < 12 and "\n" not in enc.decode(latent) and latent[-1] != EOS:
                 token = int(pick(probs().log()[None], torch.tensor([rng.random()]), 1.0))
                 t.add([token], LATENT, i)
                 latent.append(token)
@@ -229,6 +231,17 @@ def test_the_baseline_of_a_version_is_the_mean_of_the_others():
     for k in range(4):
         others = [j for j in range(4) if j != k]
         torch.testing.assert_close(A[:, k], G[:, k] - G[:, others].mean(1))
+
+
+@pytest.mark.parametrize("mode", ["learned", "always", "first"])
+def test_rows_of_very_unequal_length_share_a_batch(enc, mode):
+    """A long prompt before a short line, beside a short prompt before long lines: no row may run past the cache."""
+    model, openers = tiny(4), elbo.opener_mask(enc, 5)
+    long_prompt, long_lines = elbo.parse(enc, "a\n" * 12, "x\n", EOS), elbo.parse(enc, "a\n", "axaxaxaxax\nxaxaxaxa\n", EOS)
+    programs, seeds = [long_prompt, long_lines] * 10, [[3, i] for i in range(20)]
+    together = estep.rollout(model, enc, programs, seeds, openers, max_rationale=MAX, mode=mode)
+    alone = [estep.rollout(model, enc, [p], [s], openers, max_rationale=MAX, mode=mode)[0] for p, s in zip(programs, seeds)]
+    assert [key(t) for t in together] == [key(t) for t in alone]
 
 
 @pytest.mark.parametrize("mode, where", [("never", []), ("always", [0, 1]), ("first", [0])])
