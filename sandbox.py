@@ -680,6 +680,12 @@ def _line(error, limit=200):
     return " ".join(text[:4 * limit].split())[:limit]
 
 
+def peak_memory_mb() -> float:
+    """The most memory that this process has held, in MB. Not ru_maxrss, which a process inherits from the one that started it."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+
 def _worker_main(memory_mb, lifeline, paths):
     paths = json.loads(paths)
     trainer = socket.socket(fileno=os.dup(0))
@@ -703,7 +709,7 @@ def _worker_main(memory_mb, lifeline, paths):
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     runner = _Runner(trainer, zygote)
     signal.signal(signal.SIGALRM, runner.on_alarm)
-    start_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start_mb = peak_memory_mb()
     _send(trainer, b'{"ready": true}')
     while True:
         try:
@@ -715,7 +721,7 @@ def _worker_main(memory_mb, lifeline, paths):
         except InvalidJob as error:
             _send(trainer, json.dumps({"invalid": str(error)}).encode())
             continue
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - start_mb
+        grown = peak_memory_mb() - start_mb
         _send(trainer, json.dumps({"verdict": verdict, "retire": grown > RETIRE_MB}).encode())
     zygote.close()
     os.waitpid(zygote_pid, 0)

@@ -337,7 +337,8 @@ def test_a_killed_process_costs_at_most_a_retry(victim, when):
 
 
 TRAINER = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts background jobs with it ignored
 sys.path.insert(0, {root!r})
 from sandbox import Asserts, Sandbox
 if __name__ == "__main__":
