@@ -102,7 +102,7 @@ class Settings:
     clip_high: float = option(0.28, "1 + high is the greatest; wider than low, so that rare tokens can grow")
     z_score: bool = option(False, "divide group advantages by their standard deviation")
     kl: float = option(0.0, "weight of the k3 KL to the model RLVR starts from")
-    micro_batch: int = option(64, "sequences per forward pass in training; lower it when memory is short")
+    micro_batch: int = option(32, "sequences per forward pass in training; changes memory and speed, not the result (but for rounding)")
     save_every: int = option(25, "updates between checkpoints")
 
     def check(self):
