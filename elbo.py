@@ -165,7 +165,7 @@ def opener_mask(enc: tiktoken.Encoding, vocab_size: int) -> Tensor:
 
 @dataclass
 class Batch:
-    """Traces padded to one length, on a device: all (B, T) int64; `real` is False on the padding."""
+    """Traces padded to one length, on a device: all (B, T) int64."""
     tokens: Tensor
     kind: Tensor
     line: Tensor

@@ -94,7 +94,7 @@ class _Rollout:
 
 @torch.no_grad()
 def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: list, openers: Tensor, *, max_rationale: int,
-            mode: str = "learned", n_vocab: int | None = None) -> list[Trace]:
+            mode: str = "learned") -> list[Trace]:
     """Infuse each program with latents drawn from q at temperature 1: one Trace per program (repeat a program for more).
 
     seeds: one per program, anything `np.random.default_rng` takes; a row's draws depend on nothing but its seed and its program.
@@ -102,7 +102,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     remaining lines follow without latents.
     """
     cfg, dev = model.config, model.device
-    n_vocab = n_vocab or enc.n_vocab
+    n_vocab = enc.n_vocab                                       # logits beyond are padding rows
     rows = [_Rollout(p, s) for p, s in zip(programs, seeds, strict=True)]
     out = [r.trace for r in rows]
     if mode == "never" or not rows:

@@ -14,7 +14,6 @@ Shapes: B rows, T new tokens, S cached positions, D width, H query heads, K key/
 import json
 import math
 import os
-import re
 import shutil
 import unicodedata
 from dataclasses import dataclass, field

@@ -318,7 +318,7 @@ def pretrain(run: Run, folder: str):
                           eos_id=enc.eot_token)).to(run.device)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    if hasattr(torch.optim, "Muon"):                 # torch >= 2.9; reaches the phase change in about half the tokens
+    if hasattr(torch.optim, "Muon"):                 # torch >= 2.9; ships with it; base/ was made with it
         optimizers = [(torch.optim.Muon(matrices, weight_decay=0.0), 0.01), (torch.optim.Adam(others, betas=(0.9, 0.95)), 3e-3)]
     else:
         optimizers = [(torch.optim.Adam(model.parameters(), betas=(0.9, 0.95)), 3e-3)]

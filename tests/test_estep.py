@@ -185,7 +185,6 @@ def test_the_estimator_agrees_with_the_exact_gradient(enc, seed):
         A = estep.advantages(G.view(P, K, 2)).view(-1, 2)
         estimates.append(-gradient(estep.reinforce_loss(elbo.log_q(gate, token, batch), A, batch) / len(drawn)))
     E = torch.stack(estimates)                                           # (40, parameters)
-    mean, se = E.mean(0), E.std(0) / len(E) ** 0.5
     direction = exact / exact.norm()
     along = E @ direction
     assert abs(along.mean() - exact.norm()) < 4 * along.std() / len(E) ** 0.5
