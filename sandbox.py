@@ -32,7 +32,8 @@ A test-executed reward is as good as its harness: reinforcement learning finds e
    (files, sockets, processes, signals). It is installed before the source is read; without seccomp nothing runs.
 5. Starting Python takes 20 ms, forking a warm one 1 ms: so a zygote forks the candidates. It is itself forked in a fresh
    process, not in the trainer: a fork of a trainer that holds gigabytes copies its page tables, and would share secrets.
-6. The trainer believes only the worker, and does not wait for it: a legal but nasty value (`range(10**12)` in a test that
+6. A limit is CPU time, of program and tests: a busy machine changes no verdict. Four times that in wall time ends those who sleep.
+7. The trainer believes only the worker, and does not wait for it: a legal but nasty value (`range(10**12)` in a test that
    sums it) can hold a worker up, which then is killed and replaced. A worker that dies costs one retry of its job.
 """
 
@@ -91,7 +92,7 @@ class Check:
     entry_point: what is tested: the expression `f`, or `Solution().twoSum`.
     prelude: trusted, not secret (the prompt, the imports): runs in the worker before `test`, and in the candidate before
         `source`. Instances of classes that it defines (ListNode) can be arguments and results.
-    timeout_s: wall seconds for the whole program; None: the sandbox's own.
+    timeout_s: CPU seconds for the whole program and its tests; None: the sandbox's own.
     """
     source: str
     test: str
@@ -109,7 +110,7 @@ class Asserts:
     setup: trusted statements that run before them. The candidate gets the imports in it, and nothing else.
     names: what the tests may use of the program. Give `names_under_test(reference, tests)` where there is a reference
         solution; when empty: the names in the tests that neither Python nor setup and tests define.
-    timeout_s: wall seconds for the whole program; None: the sandbox's own.
+    timeout_s: CPU seconds for the whole program and its tests; None: the sandbox's own.
     """
     source: str
     tests: tuple[str, ...]
@@ -123,7 +124,7 @@ class Stdio:
     """A program from stdin to stdout: LiveCodeBench, Codeforces. One process per case, up to the first that fails.
 
     cases: pairs (stdin, expected stdout), compared token by token, with a tolerance where a float is expected.
-    timeout_s: wall seconds for each case; None: the sandbox's own.
+    timeout_s: CPU seconds for each case; None: the sandbox's own.
     """
     source: str
     cases: tuple[tuple[str, str], ...]
@@ -147,7 +148,8 @@ class Sandbox:
     """A pool of workers. Use as a context manager, or call `close()`.
 
     workers: None means one per core that this process may use, shared between the ranks of torchrun on this machine.
-    memory_mb: MiB that a program may allocate. timeout_s: wall seconds for a program whose job names none.
+    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none; CPU, so that verdicts
+    do not depend on what else the machine does. Wall time is limited to WALL_FACTOR times that, for programs that wait.
     Raises ValueError for a bad argument, RuntimeError where the sandbox cannot work (no Linux, no seccomp).
     """
 
@@ -229,7 +231,7 @@ class Sandbox:
                     verdict = Verdict(False, "crash", 0, _count(task.job), 0.0, "the worker died twice on this job")
                 except TimeoutError:
                     self._replace(worker)
-                    verdict = Verdict(False, "timeout", 0, _count(task.job), task.job.timeout_s or self.timeout_s,
+                    verdict = Verdict(False, "timeout", 0, _count(task.job), WALL_FACTOR * (task.job.timeout_s or self.timeout_s) + GRACE_S,
                                       "a value that the program returned held the tests up")
                 if verdict is not None:
                     verdicts[task.index] = verdict
@@ -550,8 +552,10 @@ def unpack(packed: dict, classes=None, names=None):
 
     for record, (_, fields) in zip(records, packed["records"]):
         for name, item in fields.items():
-            if name.startswith("__"):
-                raise ValueError("a record with a reserved field")
+            # A field comes before a method or cached_property of the same name: `node.same = bool`, and `node.same(7)` is true.
+            of_class = [vars(cls).get(name) for cls in type(record).__mro__]
+            if name.startswith("__") or any(callable(value) or hasattr(value, "__get__") for value in of_class):
+                raise ValueError(f"a record with the reserved field {name}")
             vars(record)[name] = build(item)
     return build(packed["value"])
 
@@ -694,7 +698,10 @@ def _fault_of_status(status, peak_mb):
 
 def _line(error, limit=200):
     """One line of text, for people."""
-    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
+    try:
+        text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
+    except Exception:                  # a KeyError, say, whose key is an integer that is too long to print
+        text = type(error).__name__
     return " ".join(text[:4 * limit].split())[:limit]
 
 
@@ -966,16 +973,20 @@ def _where(failure, job, place):
 
 
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
+_WHOLE = re.compile(r"([+-]?\d+)\.0*")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Token by token. Where a float is expected, any number within 1e-6 (absolute or relative) will do; integers are exact."""
+    """Token by token. Where a float is expected, any number within 1e-6 (absolute or relative) will do. Integers are exact: 20.00 is
+    20, as for the judges that wrote the expected outputs, and nothing else is."""
     got, want = printed.split(), expected.split()
     return len(got) == len(want) and all(a == b or _close(a, b) for a, b in zip(got, want))
 
 
 def _close(token, expected):
+    if (whole := _WHOLE.fullmatch(token)) and whole[1] == expected:
+        return True
     return (len(token) < 400 and _FLOAT.fullmatch(expected) is not None and _NUMBER.fullmatch(token) is not None
             and math.isclose(float(token), float(expected), rel_tol=1e-6, abs_tol=1e-6))
 
@@ -998,16 +1009,15 @@ libc = ctypes.PyDLL(None)
 # 200 pages: half the price of a fork. A process that has one thread and no lock taken has nothing to put in order.
 raw_fork = libc.fork
 
-# What a program may import: no file can be opened later. Each megabyte here costs every program 0.05 ms (html, uuid and
-# tempfile were dropped for that). sortedcontainers where it is installed: judges have it.
+# What a program may import: no file can be opened later. sortedcontainers where it is installed: judges have it.
 MODULES = """
     abc argparse array ast base64 binascii bisect calendar cmath codecs collections collections.abc colorsys
     concurrent.futures.thread contextlib contextvars copy copyreg csv dataclasses datetime decimal difflib dis enum errno
-    fractions functools graphlib hashlib heapq hmac inspect io ipaddress itertools json keyword linecache locale
+    fractions functools graphlib hashlib heapq hmac html inspect io ipaddress itertools json keyword linecache locale
     logging math mmap numbers operator os pathlib pickle pprint queue random re reprlib resource secrets select shlex signal socket stat
-    statistics string struct subprocess textwrap threading time timeit token tokenize traceback types typing
-    unicodedata unittest warnings weakref zlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16
-    encodings.utf_32 encodings.cp1252 encodings.hex_codec encodings.rot_13 encodings.raw_unicode_escape
+    statistics string struct subprocess tempfile textwrap threading time timeit token tokenize traceback types typing
+    unicodedata unittest uuid warnings weakref zlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16
+    encodings.utf_32 encodings.cp1252 encodings.idna encodings.hex_codec encodings.rot_13 encodings.raw_unicode_escape
     encodings.unicode_escape encodings.punycode encodings.utf_8_sig encodings.cp437
     sortedcontainers
 """.split()
@@ -1193,8 +1203,9 @@ def _run_script(sock, source):
     try:                               # as at the end of a real interpreter: wait for threads, run atexit, flush
         threading._shutdown()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.__stdout__.flush()
+        for stream in (sys.stdout, sys.__stdout__):
+            if not getattr(stream, "closed", False):
+                stream.flush()
     except BaseException as problem:
         error = error or _describe(problem)
     if error:

@@ -158,9 +158,16 @@ def test_scripts_in_the_styles_of_contests(sandbox, source):
 def test_output_is_compared_by_token_with_a_tolerance_for_floats_only():
     assert same_output("1  2\n3", "1 2 3\n")
     assert same_output("0.3333333", "0.33333333333") and same_output("3", "3.0") and same_output("1e3", "1000.0")
-    for printed, expected in (("1000000007", "1000000008"), ("1.0", "1"), ("nan", "1.5"), ("inf", "1.5"), ("1e999", "1.5"), ("1 2", "1"),
+    assert same_output("1.0000000000", "1") and same_output("20.0 -3. 0.0", "20 -3 0")      # two references of CodeContests print such
+    for printed, expected in (("1000000007", "1000000008"), ("1.0000001", "1"), ("0.9999999", "1"), ("1000000007.5", "1000000007"), ("1e0", "1"),
+                              ("1", "10"), ("1.", "10"), ("10.0", "1"), ("1.0.0", "1"), ("1..", "1"), ("-1.0", "1"), ("00.0", "0"), (".0", "0"), ("", "0"),
+                              ("nan", "1.5"), ("inf", "1.5"), ("1e999", "1.5"), ("1 2", "1"),
                               ("", "1"), ("YES", "yes"), ("0.34", "0.33"), ("1_0.0", "10.0"), ("1.2.3", "1.2.4"), ("x" * 10**6, "1.5")):
         assert not same_output(printed, expected), (printed, expected)
+
+
+def test_a_script_may_close_its_stdout(sandbox):
+    assert verdict_of(sandbox, "import sys\nprint(3)\nsys.stdout.close()", (("", "3\n"),), kind=Stdio).passed
 
 
 # ---- values ----
@@ -386,6 +393,42 @@ def test_a_value_that_holds_the_worker_up_costs_only_its_own_verdict(sandbox):
     swallow = Check("def f(): return 1", "def check(candidate):\n    while True:\n        try:\n            while candidate(): pass\n        except: pass\n", "f", timeout_s=0.5)
     verdicts = sandbox.run([nasty, ADD, slow_test, ADD, swallow, ADD])
     assert [verdict.kind for verdict in verdicts] == ["timeout", "passed"] * 3
+
+
+BURN = "import time\ndef f(seconds):\n    start = time.process_time()\n    while time.process_time() - start < seconds: pass\n    return 1"
+
+
+def test_a_limit_is_cpu_time_so_a_busy_machine_changes_no_verdict():
+    core = {min(os.sched_getaffinity(0))}
+    with Sandbox(workers=1, timeout_s=0.6) as sandbox:
+        worker = sandbox._workers[0].process.pid
+        for pid in (worker, *descendants(worker)):
+            os.sched_setaffinity(pid, core)
+        rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, core)) for _ in range(2)]
+        try:
+            quick, slow = sandbox.run([Asserts(BURN, ("assert f(0.45)",)), Asserts(BURN, ("assert f(9)",))])
+        finally:
+            for rival in rivals:
+                rival.kill()
+                rival.wait()
+    assert quick.passed and quick.seconds > 0.6, quick
+    assert slow.kind == "timeout" and slow.seconds > 1.0, slow
+
+
+def test_programs_that_wait_end_by_wall_time_and_tests_count_too(sandbox):
+    wait = "import time\ndef f(seconds):\n    time.sleep(seconds)\n    return 1"
+    busy = "import time\nstart = time.process_time()\nwhile time.process_time() - start < 9: f(0)"
+    short, long, test = sandbox.run([Asserts(source, (line,), timeout_s=0.3) for source, line in ((wait, "assert f(0.5)"), (wait, "assert f(60)"), (wait, busy))])
+    assert short.passed, short
+    assert long.kind == "timeout" and 1.2 <= long.seconds < 10, long
+    assert test.kind == "timeout" and test.seconds < 1.2 + 2, test
+
+
+def test_an_error_that_cannot_be_printed_is_a_wrong_answer_not_a_dead_worker(sandbox):
+    before = [worker.process.pid for worker in sandbox._workers]
+    verdict = verdict_of(sandbox, "def f(): return 10 ** 5000", ("assert {1: 2}[f()] == 2",))
+    assert (verdict.kind, verdict.detail[:8]) == ("wrong answer", "KeyError")
+    assert [worker.process.pid for worker in sandbox._workers] == before
 
 
 def test_a_test_that_a_value_makes_huge_runs_out_of_memory_not_the_machine(sandbox):

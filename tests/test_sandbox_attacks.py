@@ -730,6 +730,29 @@ def test_names_that_python_or_the_tests_define_are_never_the_programs(sandbox):
         assert not sandbox.run([Asserts(source, (test,), "def helper(x): return len(x)")])[0].passed
 
 
+LINK = """
+import functools
+class Link:
+    check = bool
+    def __init__(self, value): self.value = value
+    def same(self, other): return self.value == other
+    @functools.cached_property
+    def double(self): return 2 * self.value
+"""
+
+
+@pytest.mark.parametrize("field, lie", [("value", "4"), ("same", "bool"), ("double", "14"), ("check", "object"), ("__class__", "object"), ("__eq__", "bool")])
+def test_a_record_cannot_replace_what_its_class_defines(sandbox, field, lie):
+    """A field of an instance comes before a method of its class, and `bool` is a plain value that can be called."""
+    test = "def check(candidate):\n    assert candidate().same(7)\n    assert candidate().double == 14 and not candidate().check(0)\n"
+    honest = "def f(): return Link(7)"
+    forged = f"def f():\n    link = Link(3)\n    vars(link)[{field!r}] = {lie}\n    return link"
+    assert sandbox.run([Check(honest, test, "f", LINK)])[0].passed
+    assert not sandbox.run([Check(forged, test, "f", LINK)])[0].passed
+    for line in ("assert candidate().same(7)", "assert candidate().double == 14", "assert candidate().check(0)", "assert candidate() == 1"):
+        assert not sandbox.run([Check(forged, f"def check(candidate):\n    {line}\n", "f", LINK)])[0].passed
+
+
 @pytest.mark.parametrize("source, kind", [
     ("write(message('{\"value\": 3, \"records\": []}'))\ndef f(a, b): return 3", "protocol"),
     ("def f(a, b):\n    write(message('{\"value\": 3, \"records\": []}'))\n    return 3", "protocol"),
