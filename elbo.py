@@ -31,6 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import encode_prompt
+
 # -------------------------------------------------------------------------------------------- what each token of a text is
 
 PROMPT, LATENT, ACTION = 0, 1, 2       # given text; chosen by q; the expert's (or, in RLVR, the policy's) code
@@ -144,14 +146,14 @@ def parse(enc: tiktoken.Encoding, prompt: str, solution: str, eos: int) -> Progr
     cuts = [i - bool(indent) for i, indent in zip(begins, indents)]                  # before the last space of the indentation
     lines = [enc.encode_ordinary(text[a:b]) for a, b in zip(cuts, cuts[1:] + [len(text)])]
     lines[-1].append(eos)
-    return Program(enc.encode_ordinary(text[:cuts[0]]) or [eos], lines, ["\n" + indent[:-1] for indent in indents])
+    return Program(encode_prompt(enc, text[:cuts[0]]) or [eos], lines, ["\n" + indent[:-1] for indent in indents])
 
 
-def opener_mask(enc: tiktoken.Encoding, vocab_size: int) -> Tensor:
+def opener_mask(enc: tiktoken.Encoding) -> Tensor:
     """(V,) bool: the tokens that open a comment, i.e. whose text starts with `#` after at most one space."""
-    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask = torch.zeros(enc.n_vocab, dtype=torch.bool)
     special = set(enc._special_tokens.values())
-    for i in range(min(enc.n_vocab, vocab_size)):
+    for i in range(enc.n_vocab):
         if i not in special:
             try:
                 mask[i] = enc.decode_single_token_bytes(i).removeprefix(b" ").startswith(b"#")

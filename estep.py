@@ -102,7 +102,6 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     remaining lines follow without latents.
     """
     cfg, dev = model.config, model.device
-    n_vocab = enc.n_vocab                                       # logits beyond are padding rows
     rows = [_Rollout(p, s) for p, s in zip(programs, seeds, strict=True)]
     out = [r.trace for r in rows]
     if mode == "never" or not rows:
@@ -129,8 +128,8 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
                 i, n = i + len(line), n + 1
             counts.append(n)
         at = torch.tensor(where, device=dev)                                                            # (N, 2)
-        p = logits[at[:, 0], at[:, 1], :n_vocab].double().softmax(-1)                                   # (N, V)
-        p_open = (p * openers[:n_vocab]).sum(-1).split(counts)
+        p = logits[at[:, 0], at[:, 1]].double().softmax(-1)                                             # (N, V)
+        p_open = (p * openers).sum(-1).split(counts)
         firsts = np.cumsum([0] + counts)                        # where each row's lines begin in p
         thinking = []
         for b, (r, q) in enumerate(zip(rows, p_open)):
@@ -142,7 +141,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         keep = torch.tensor([b for b, _ in thinking], device=dev)
         rows, cache = [rows[b] for b, _ in thinking], cache.select(keep)
         # Which opener: q restricted to them. (`decide` has drawn that it is one.)
-        among = p[[n for _, n in thinking]] * openers[:n_vocab]                                         # (B, V)
+        among = p[[n for _, n in thinking]] * openers                                                   # (B, V)
         last = _draw(among.log(), rows)
         for r, token in zip(rows, last):
             r.write(token, FORCED if mode in ("always", "first") else FREE)
@@ -150,7 +149,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         live = [not r.check(enc, max_rationale) for r in rows]
         while any(live):
             # Rows that have finished ride along; their cache does not advance.
-            logits = model(torch.tensor(last, device=dev)[:, None], cache=cache)[:, 0, :n_vocab]        # (B, V)
+            logits = model(torch.tensor(last, device=dev)[:, None], cache=cache)[:, 0]                  # (B, V)
             cache.length += torch.tensor(live, device=dev)
             drawn = _draw(logits, rows, live)
             for b, r in enumerate(rows):

@@ -5,12 +5,12 @@ grouped-query attention, SwiGLU; query/key/value biases (Qwen2.5), normalised qu
 scaling (Llama-3.x) and tied embeddings are switches of the configuration. Modules carry the names of the Hugging Face
 checkpoints, so loading and saving need no table of names, and what is trained here opens in `transformers` and vLLM.
 
-    model = GPT.from_pretrained("base")             # or a folder, or a hub name such as "Qwen/Qwen2.5-1.5B"
-    enc = load_tokenizer("base")                    # a tiktoken.Encoding
-    out = generate(model, [enc.encode("def f(xs):")], max_new_tokens=64, temperature=0.8, seeds=[0])
+    model, enc = load_pretrained("base")            # or a folder, or a hub name such as "Qwen/Qwen2.5-1.5B"; enc is a tiktoken.Encoding
+    out = generate(model, [encode_prompt(enc, "def f(xs):")], max_new_tokens=64, temperature=0.8, seeds=[0])
 
 Shapes: B rows, T new tokens, S cached positions, D width, H query heads, K key/value heads, C width of a head, V vocabulary.
 """
+import itertools
 import json
 import math
 import os
@@ -143,6 +143,7 @@ class GPT(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.grad_checkpoint = False    # recompute each block in the backward pass: a third more time, far less memory
+        self.n_vocab = cfg.vocab_size   # tokens that exist: Qwen's matrices have more rows, which must be neither drawn nor scored
         self.freq = None                # rope_frequencies; no buffer, which `.to(torch.bfloat16)` would round
         self.apply(self._init)
 
@@ -157,7 +158,7 @@ class GPT(nn.Module):
         return self.embed_tokens.weight.device
 
     def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None, head: bool = True) -> Tensor:
-        """Logits of the token after each token: tokens (B, T) int64 -> (B, T, V).
+        """Logits of the token after each token: tokens (B, T) int64 -> (B, T, V), V = n_vocab.
 
         Rows are padded on the right; causality keeps the padding out of every real position.
         cache: tokens continue each row at its own `cache.length`; the caller then advances `length` by the tokens it keeps.
@@ -165,7 +166,7 @@ class GPT(nn.Module):
         head:  False returns the last hidden states (B, T, D) instead; filling a cache needs no logits, which for 150k tokens weigh most.
         Raises ValueError if a position lies beyond the configured context.
         """
-        (B, T), dev = tokens.shape, tokens.device
+        (_, T), dev = tokens.shape, tokens.device
         steps = torch.arange(T, device=dev)
         if cache is not None:
             pos = cache.length[:, None] + steps                                                       # (B, T)
@@ -191,7 +192,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope, mask, store)
         x = self.norm(x)                                                                              # (B, T, D)
-        return F.linear(x, (self.lm_head or self.embed_tokens).weight) if head else x                 # (B, T, V)
+        return F.linear(x, (self.lm_head or self.embed_tokens).weight[:self.n_vocab]) if head else x  # (B, T, V)
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype: torch.dtype = torch.float32) -> "GPT":
@@ -310,10 +311,10 @@ def uniforms(seed, n: int) -> np.ndarray:
 
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds: list, temperature: float = 1.0,
-             stop_ids: tuple[int, ...] | None = None, stop=None, batch_size: int = 256, vocab: int | None = None) -> list[Sample]:
+             stop_ids: tuple[int, ...] | None = None, stop=None, batch_size: int = 256) -> list[Sample]:
     """Continue each prompt until a token of stop_ids (default: end of document), until stop(tokens) is true, or max_new_tokens.
 
-    seeds: one per prompt, anything `np.random.default_rng` takes. vocab: logits from there on are padding rows, never drawn.
+    seeds: one per prompt, anything `np.random.default_rng` takes.
     A row that finishes hands its slot to the next waiting prompt; when none waits, finished rows are dropped.
     Raises ValueError for an empty prompt or one that leaves no room in the context.
     """
@@ -347,7 +348,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     cache.put(torch.arange(len(rows), device=dev), prefill(rows))
     last = torch.tensor([prompts[i][-1] for i in rows], device=dev)
     while rows:
-        logits = model(last[:, None], cache=cache)[:, 0, :vocab].float()                              # (B, V)
+        logits = model(last[:, None], cache=cache)[:, 0].float()                              # (B, V)
         cache.length += 1
         u = torch.tensor([noise[i][len(out[i].tokens)] for i in rows], dtype=torch.float64)
         last = pick(logits, u.to(dev), temperature)                                                   # (B,)
@@ -477,15 +478,16 @@ CHAR_OF = {b: c for c, b in BYTE_OF.items()}
 class HubEncoding(tiktoken.Encoding):
     """An Encoding that does what some tokenizers do beside BPE: normalise Unicode (Qwen), drop bytes they do not know (SmolLM2).
 
-    size: ids of the tokenizer, those above stand for unknown bytes; nfc: whether it normalises; source: its tokenizer.json.
+    size: ids of the tokenizer, those above stand for unknown bytes; nfc: whether it normalises; bos: what it sets before every
+    document (Llama-3), see `encode_prompt`; source: its tokenizer.json.
     """
 
-    def __init__(self, name: str, *, size: int, nfc: bool, source: Path, **bpe):
+    def __init__(self, name: str, *, size: int, nfc: bool, bos: list[int], source: Path, **bpe):
         super().__init__(name, **bpe)
-        self.size, self.nfc, self.source, self.max_token_value = size, nfc, source, size - 1
+        self.size, self.nfc, self.bos, self.source, self.max_token_value = size, nfc, bos, source, size - 1
 
     def __getstate__(self):                                         # for pickle: the arguments of __init__
-        return {**super().__getstate__(), "size": self.size, "nfc": self.nfc, "source": self.source}
+        return {**super().__getstate__(), "size": self.size, "nfc": self.nfc, "bos": self.bos, "source": self.source}
 
     def encode_ordinary(self, text: str) -> list[int]:
         return [t for t in super().encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text) if t < self.size]
@@ -517,6 +519,7 @@ def load_tokenizer(name) -> tiktoken.Encoding:
         need(not any(t.get(k) for t in added for k in ("lstrip", "rstrip", "single_word")), "an added token that swallows its neighbours")
         special = {t["content"]: t["id"] for t in added}
         ranks = {bytes(BYTE_OF[c] for c in t): i for t, i in bpe["vocab"].items() if t not in special}
+        bos = [i for t in begins(spec.get("post_processor")) for i in t]
         made = [bpe["vocab"][m.replace(" ", "") if isinstance(m, str) else "".join(m)] for m in bpe["merges"]]
     except (KeyError, TypeError, AttributeError) as e:
         need(False, f"an entry ({type(e).__name__}: {e})")
@@ -529,8 +532,29 @@ def load_tokenizer(name) -> tiktoken.Encoding:
     size = 1 + max([*ranks.values(), *special.values()])
     unknown = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]       # tiktoken wants a rank for every byte
     ranks |= {b: size + i for i, b in enumerate(unknown)}
-    return HubEncoding(str(name), size=size, nfc=normalizer is not None, source=file,
+    return HubEncoding(str(name), size=size, nfc=normalizer is not None, bos=bos, source=file,
                        pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def encode_prompt(enc: tiktoken.Encoding, text: str) -> list[int]:
+    """Tokens of the beginning of a document: after Llama-3's <|begin_of_text|>, without which it predicts badly; others have none."""
+    return [*getattr(enc, "bos", ()), *enc.encode_ordinary(text)]
+
+
+def begins(post: dict | None) -> list[list[int]]:
+    """The ids of the special tokens that a post_processor sets before a text."""
+    parts = post["processors"] if post and post["type"] == "Sequence" else [post] if post else []
+    return [part["special_tokens"][piece["SpecialToken"]["id"]]["ids"] for part in parts if part["type"] == "TemplateProcessing"
+            for piece in itertools.takewhile(lambda piece: "SpecialToken" in piece, part["single"])]
+
+
+def load_pretrained(name, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[GPT, tiktoken.Encoding]:
+    """A model and its tokenizer, by folder or hub name. Raises what the two loaders raise; ValueError if the two do not fit together."""
+    enc, model = load_tokenizer(name), GPT.from_pretrained(name, device, dtype)
+    if enc.n_vocab > model.n_vocab:
+        raise ValueError(f"the tokenizer of {name} has {enc.n_vocab} tokens, its model {model.n_vocab}: they do not belong together")
+    model.n_vocab = enc.n_vocab
+    return model, enc
 
 
 def cuts(pre: dict) -> str | None:

@@ -27,7 +27,7 @@ from torch import Tensor
 import elbo
 from bench import attempt
 from elbo import ACTION, PROMPT, Batch, Trace, chunks
-from model import GPT, Sample
+from model import GPT, Sample, encode_prompt
 from sandbox import Sandbox
 
 
@@ -98,7 +98,7 @@ def grpo(run, stage: str, model: GPT, data, box: Sandbox, evaluate):
 
         def micro_batches():
             for part in chunks(used, s.micro_batch):
-                batch = elbo.collate([as_trace(data.enc.encode_ordinary(problems[i].prompt), samples[i]) for i in part], run.device)
+                batch = elbo.collate([as_trace(encode_prompt(data.enc, problems[i].prompt), samples[i]) for i in part], run.device)
                 mask = batch.kind[:, 1:] == ACTION
                 old = torch.zeros(mask.shape, device=run.device)
                 old[mask] = torch.tensor([logp for i in part for logp in samples[i].logprobs], device=run.device)

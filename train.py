@@ -42,7 +42,7 @@ import elbo
 import estep
 import mstep
 import rlvr
-from model import GPT, GPTConfig, load_tokenizer, save_tokenizer, write_whole
+from model import GPT, encode_prompt, load_pretrained, write_whole
 from sandbox import Sandbox
 
 
@@ -242,7 +242,9 @@ class Run:
             if self.rank == 0:
                 (self.dir / "state.pt").unlink(missing_ok=True)
             self.barrier()
-        return GPT.from_pretrained(folder, device=self.device)
+        model = GPT.from_pretrained(folder, device=self.device)
+        model.n_vocab = start.n_vocab
+        return model
 
     def steps(self, stage: str, model: GPT, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0.0):
         """Yield the steps still to do of 0..n-1, learning rate set: linear warm-up, then a linear fall by the share `decay`.
@@ -305,59 +307,6 @@ def write_text(path: Path, text: str):
     write_whole(path, lambda tmp: tmp.write_text(text))
 
 
-# --------------------------------------------------------------------------------------------------------- the base model
-
-
-def pretrain(run: Run, folder: str):
-    """The embedded world's base model, from scratch, on web code without end: its loss is that of the M-step, its data all new."""
-    s = run.s
-    enc = bench.train_tokenizer()
-    torch.manual_seed(s.seed)
-    # Two layers, so that a chain of operations cannot be folded into one forward pass; wide enough to know the arithmetic.
-    model = GPT(GPTConfig(vocab_size=enc.n_vocab, d_model=128, n_layer=2, n_head=4, n_kv_head=2, head_dim=32, d_ff=336,
-                          eos_id=enc.eot_token)).to(run.device)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    if hasattr(torch.optim, "Muon"):                 # torch >= 2.9; ships with it; base/ was made with it
-        optimizers = [(torch.optim.Muon(matrices, weight_decay=0.0), 0.01), (torch.optim.Adam(others, betas=(0.9, 0.95)), 3e-3)]
-    else:
-        optimizers = [(torch.optim.Adam(model.parameters(), betas=(0.9, 0.95)), 3e-3)]
-    programs, seen, step = 64, 0, 0
-    with tqdm(total=s.pretrain_tokens, unit="token", unit_scale=True, disable=run.rank > 0, mininterval=5.0) as bar:
-        while seen < s.pretrain_tokens:
-            web = run.mine(bench.world("web", programs, seed=step))
-            traces = []
-            for p in web:
-                traces.append(elbo.Trace())
-                traces[-1].add(enc.encode_ordinary(p.prompt), elbo.PROMPT)
-                traces[-1].add(enc.encode_ordinary(p.solution) + [enc.eot_token], elbo.ACTION, 0)
-            batch = mstep.packed_batch(traces, mstep.pack(traces, s.row_tokens), run.device)
-            done = seen / s.pretrain_tokens
-            for optimizer, lr in optimizers:         # warm-up, constant, then down to nothing over the last 40%
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.4)
-            n, loss = int(mstep.counted(batch).sum()), mstep.loss(model, batch)
-            run.update(model, Optimizers(o for o, _ in optimizers), [loss], n)
-            total, counted = run.sum(loss.item(), n)
-            seen, step = seen + int(counted), step + 1
-            bar.update(int(counted))
-            bar.set_postfix_str(f"loss {total / counted:.3f}")
-            if run.rank == 0 and (step % 500 == 0 or seen >= s.pretrain_tokens):
-                model.save_pretrained(folder)
-                save_tokenizer(enc, folder)
-
-
-class Optimizers(list):
-    """Several optimizers that step as one."""
-
-    def zero_grad(self, **kw):
-        for o in self:
-            o.zero_grad(**kw)
-
-    def step(self):
-        for o in self:
-            o.step()
-
 # --------------------------------------------------------------------------------------------------------- the experiment
 
 
@@ -372,13 +321,12 @@ class Data:
     rl_problems: list[bench.Problem]
 
 
-def load_data(s: Settings, model: GPT, device) -> Data:
+def load_data(s: Settings, model: GPT, enc) -> Data:
     """Experts' programs, held-out problems and RL problems: of the embedded world, or from files and the hub by name.
 
     Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
     """
-    enc, eos = load_tokenizer(s.model), model.config.eos_id
-    room = model.config.context - s.max_rationale
+    eos, room = model.config.eos_id, model.config.context - s.max_rationale
 
     def programs(name: str, texts, least: int) -> list[elbo.Program]:
         out, n = [], 0
@@ -395,15 +343,13 @@ def load_data(s: Settings, model: GPT, device) -> Data:
 
     def solved(problems):
         return ((p.id, p.prompt, p.solution) for p in problems if p.solution)
-    if enc.n_vocab > model.config.vocab_size:
-        raise ValueError(f"the tokenizer of {s.model} has {enc.n_vocab} tokens, its model {model.config.vocab_size}: they do not belong together")
     least = max(s.e_programs, s.m_programs)
     if s.data == "world":
         experts = programs("world", solved(bench.world("train", s.experts, seed=0)), s.experts)
     elif s.data.partition("@")[0].partition(":")[0] in bench.SOURCES:
         experts = programs(s.data, solved(bench.load(s.data, s.data_dir or None, limit=s.experts)), least)
     else:
-        corpus = bench.Corpus(s.data, s.column, limit=room, size=lambda text: len(enc.encode_ordinary(text)) + 2)
+        corpus = mstep.Corpus(s.data, s.column, limit=room, size=lambda text: len(encode_prompt(enc, text)) + 2)
         experts = programs(s.data, ((f"program {i}", "", text) for i, text in enumerate(itertools.islice(corpus, s.experts))), least)
     if s.benchmark == "world":
         evaluation = bench.world("eval", s.eval_problems, seed=0)
@@ -412,7 +358,7 @@ def load_data(s: Settings, model: GPT, device) -> Data:
     rl = bench.world("train", s.rl_pool, seed=1) if s.rl_data == "world" else bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
     for name, problems in ((s.benchmark, evaluation), (s.rl_data, rl)):
         for p in problems:
-            if (n := len(enc.encode_ordinary(p.prompt))) + s.max_new_tokens > model.config.context:
+            if (n := len(encode_prompt(enc, p.prompt))) + s.max_new_tokens > model.config.context:
                 raise ValueError(f"{name}: the prompt of {p.id} has {n} tokens, which with --max-new-tokens {s.max_new_tokens} exceeds the context "
                                  f"of {model.config.context}")
     if len(rl) < s.rl_problems:
@@ -420,7 +366,7 @@ def load_data(s: Settings, model: GPT, device) -> Data:
     if not any(p.solution for p in evaluation):
         raise ValueError(f"{s.benchmark} has no solutions, which the held-out cross-entropy needs; choose a benchmark that has")
     heldout = programs(s.benchmark, solved(evaluation), 1)
-    return Data(enc, elbo.opener_mask(enc, model.config.vocab_size).to(device), experts, heldout, evaluation, rl)
+    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, heldout, evaluation, rl)
 
 
 class Scorer:
@@ -705,12 +651,12 @@ def main(s: Settings):
     if ranks > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if s.pretrain:
-        return pretrain(Run(s, Path(s.pretrain), s.seed), s.pretrain)
+        return mstep.pretrain(Run(s, Path(s.pretrain), s.seed), s.pretrain)
     first = ranks == 1 or dist.get_rank() == 0
     if s.model == "base" and not Path("base").exists():
         s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
-    base = GPT.from_pretrained(s.model).to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
-    data = load_data(s, base, base.device)                   # before anything is written: bad data leaves nothing behind
+    base, enc = load_pretrained(s.model, torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
+    data = load_data(s, base, enc)                   # before anything is written: bad data leaves nothing behind
     shared = [str(start_folder(s)) if first else None]
     if ranks > 1:
         dist.broadcast_object_list(shared)

@@ -92,7 +92,7 @@ def test_decision_points_stand_at_statements_only(enc):
 def test_a_rationale_at_a_decision_point_is_a_comment_line_of_a_valid_program(pattern):
     enc = encoding(pattern)
     p = elbo.parse(enc, "", elbo.strip_comments(CODE), enc.eot_token)
-    openers = elbo.opener_mask(enc, enc.n_vocab)
+    openers = elbo.opener_mask(enc)
     text = ""
     for line, closing in zip(p.lines, p.closings):
         lead = " " if closing != "\n" else ""
@@ -127,7 +127,7 @@ def infused(enc) -> Trace:
 def test_log_q_and_log_pi_add_up_to_the_log_probability_of_the_infused_text(enc):
     model, trace = tiny(0, enc), infused(enc)
     batch = elbo.collate([trace, infused(enc)])
-    openers = elbo.opener_mask(enc, enc.n_vocab)
+    openers = elbo.opener_mask(enc)
     logits = elbo.logits_of(model, batch)
     gate, token = elbo.score(logits, batch, openers)
     logp = logits.log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
@@ -147,7 +147,7 @@ def test_forced_gates_belong_to_neither(enc):
     forced = infused(enc)
     forced.gate = [elbo.FORCED if g else 0 for g in forced.gate]
     batch, other = elbo.collate([trace]), elbo.collate([forced])
-    openers = elbo.opener_mask(enc, enc.n_vocab)
+    openers = elbo.opener_mask(enc)
     gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
     difference = elbo.log_q(gate, token, batch) - elbo.log_q(gate, token, other)
     torch.testing.assert_close(difference, gate)
@@ -176,7 +176,7 @@ class Enumerated:
     def __init__(self, enc, seed):
         self.n = len(self.RATIONALES)
         self.paths = list(itertools.product(range(self.n), repeat=len(self.LINES)))
-        openers, model, traces = elbo.opener_mask(enc, enc.n_vocab), tiny(seed, enc), []
+        openers, model, traces = elbo.opener_mask(enc), tiny(seed, enc), []
         for path in self.paths:
             t, last = Trace(), 0
             t.add(enc.encode_ordinary("def f(x):\n   " + self.RATIONALES[0]), PROMPT)      # z_{-1} = 0 is in force

@@ -98,7 +98,7 @@ def scores(model, traces, openers):
 
 
 def test_q_is_a_distribution_over_the_outcomes_and_the_sampler_draws_from_it(enc):
-    model, openers = tiny(0), elbo.opener_mask(enc, 5)
+    model, openers = tiny(0), elbo.opener_mask(enc)
     traces = every_trace(enc)
     batch, gate, token = scores(model, traces, openers)
     q = elbo.log_q(gate, token, batch).sum(-1).exp()
@@ -146,7 +146,7 @@ def reference_rollout(model, enc, p, seed, openers):
 
 
 def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc):
-    model, openers = tiny(4), elbo.opener_mask(enc, 5)
+    model, openers = tiny(4), elbo.opener_mask(enc)
     programs = [elbo.parse(enc, "a\n", body, EOS) for body in ("x\na\nxx\nax\n", "x\n", "a\naa\nx\n")] * 10
     seeds = [[1, i] for i in range(len(programs))]
     fast = estep.rollout(model, enc, programs, seeds, openers, max_rationale=12)
@@ -159,7 +159,7 @@ def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_estimator_agrees_with_the_exact_gradient(enc, seed):
-    model, pi, openers = tiny(seed), tiny(seed + 10), elbo.opener_mask(enc, 5)
+    model, pi, openers = tiny(seed), tiny(seed + 10), elbo.opener_mask(enc)
     cost = dict(c=0.3, beta=0.2, p_think=0.4, broken_cost=0.7)
 
     def line_rewards(batch, traces, gate):
@@ -197,7 +197,7 @@ def test_the_estimator_agrees_with_the_exact_gradient(enc, seed):
 
 
 def test_expert_tokens_carry_no_gradient_and_gates_and_rationales_do(enc):
-    model, openers = tiny(2), elbo.opener_mask(enc, 5)
+    model, openers = tiny(2), elbo.opener_mask(enc)
     trace = Trace()
     trace.add([2, 1], PROMPT)
     trace.add([0, 2, 1], LATENT, 0, FREE)
@@ -235,7 +235,7 @@ def test_the_baseline_of_a_version_is_the_mean_of_the_others():
 @pytest.mark.parametrize("mode", ["learned", "always", "first"])
 def test_rows_of_very_unequal_length_share_a_batch(enc, mode):
     """A long prompt before a short line, beside a short prompt before long lines: no row may run past the cache."""
-    model, openers = tiny(4), elbo.opener_mask(enc, 5)
+    model, openers = tiny(4), elbo.opener_mask(enc)
     long_prompt, long_lines = elbo.parse(enc, "a\n" * 12, "x\n", EOS), elbo.parse(enc, "a\n", "axaxaxaxax\nxaxaxaxa\n", EOS)
     programs, seeds = [long_prompt, long_lines] * 10, [[3, i] for i in range(20)]
     together = estep.rollout(model, enc, programs, seeds, openers, max_rationale=MAX, mode=mode)
@@ -245,7 +245,7 @@ def test_rows_of_very_unequal_length_share_a_batch(enc, mode):
 
 @pytest.mark.parametrize("mode, where", [("never", []), ("always", [0, 1]), ("first", [0])])
 def test_modes_think_where_they_say(enc, mode, where):
-    model, openers = tiny(1), elbo.opener_mask(enc, 5)
+    model, openers = tiny(1), elbo.opener_mask(enc)
     for t in estep.rollout(model, enc, [program(enc)] * 20, [[5, i] for i in range(20)], openers, max_rationale=MAX, mode=mode):
         assert [i for i, z in enumerate(t.thinks()) if z] == where
         openings = [g for g, kind, line, before in zip(t.gate, t.kind, t.line, [-1] + t.line) if line != before and line >= 0]
@@ -253,7 +253,7 @@ def test_modes_think_where_they_say(enc, mode, where):
 
 
 def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
-    model, openers = tiny(1), elbo.opener_mask(enc, 5)
+    model, openers = tiny(1), elbo.opener_mask(enc)
     p = program(enc)
     traces = estep.rollout(model, enc, [p] * 60, [[2, i] for i in range(60)], openers, max_rationale=MAX)
     assert any(t.broken for t in traces)
@@ -265,7 +265,7 @@ def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
 
 
 def test_the_trust_region_is_zero_at_pi_and_blind_to_the_gate(enc):
-    model, openers = tiny(1), elbo.opener_mask(enc, 5)
+    model, openers = tiny(1), elbo.opener_mask(enc)
     batch = elbo.collate([program(enc).trace()])
     logits = elbo.logits_of(model, batch).detach()
     assert estep.anchor_loss(logits, logits, batch, openers).item() == pytest.approx(0, abs=1e-12)

@@ -17,7 +17,8 @@ import regex    # which tiktoken brings
 import tiktoken
 import torch
 
-from model import GPT, GPT2, GPT2_TIKTOKEN, GPTConfig, generate, load_tokenizer, save_tokenizer
+import elbo
+from model import GPT, GPT2, GPT2_TIKTOKEN, GPTConfig, encode_prompt, generate, load_pretrained, load_tokenizer, save_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -268,6 +269,39 @@ def test_tokens_equal_those_of_tokenizers(kind, corpus, tmp_path):
         assert enc.decode(enc.encode_ordinary(text)) == text
         pieces = [text[a:b] for _, (a, b) in tok.pre_tokenizer.pre_tokenize_str(text)]    # equal tokens could come of unequal pieces
         assert regex.findall(enc._pat_str, text) == pieces, repr(text)
+
+
+def test_the_begin_of_text_token_stands_where_tokenizers_puts_it(corpus, tmp_path):
+    """Llama-3's post-processor sets one before every document; the others set none. Piecewise tokens still join to the whole's."""
+    from tokenizers import processors
+    tok = train("llama3", corpus)
+    bos = tok.token_to_id("<|im_start|>")
+    for post in (None, processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]),
+                 processors.Sequence([processors.ByteLevel(trim_offsets=False),
+                                      processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", bos)])])):
+        if post is not None:
+            tok.post_processor = post
+        tok.save(str(tmp_path / "tokenizer.json"))
+        enc = load_tokenizer(tmp_path)
+        expected = tok.encode("def f(x):\n    return x\n").ids
+        assert encode_prompt(enc, "def f(x):\n    return x\n") == expected and (expected[0] == bos) == (post is not None and "Template" in str(post))
+        for prompt in ("def f(x):\n   ", ""):
+            program = elbo.parse(enc, prompt, "def f(x):\n    return x\n"[len(prompt):], 0)
+            assert program.prompt + sum(program.lines, []) == expected + [0] if prompt or enc.bos else [0, *expected, 0]
+
+
+def test_padding_rows_of_the_vocabulary_are_neither_drawn_nor_scored(tmp_path):
+    """Qwen's matrices have a few hundred rows more than its tokenizer has tokens."""
+    enc = tiktoken.Encoding("bytes", pat_str=GPT2, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={"<|endoftext|>": 256})
+    whole = GPT(GPTConfig(vocab_size=264, d_model=16, n_layer=1, n_head=2, n_kv_head=1, head_dim=8, d_ff=16, eos_id=256))
+    whole.save_pretrained(tmp_path)
+    save_tokenizer(enc, tmp_path)
+    model, enc = load_pretrained(tmp_path)
+    x = torch.tensor([[1, 2, 3]])
+    assert enc.n_vocab == 257 and torch.allclose(model(x), whole(x)[..., :257], atol=1e-6) and copy.deepcopy(model)(x).shape[-1] == 257
+    with pytest.raises(ValueError, match="do not belong together"):
+        GPT(GPTConfig(vocab_size=200, d_model=16, n_layer=1, n_head=2, n_kv_head=1, head_dim=8, d_ff=16)).save_pretrained(tmp_path)
+        load_pretrained(tmp_path)
 
 
 def test_unknown_bytes_are_dropped(corpus, tmp_path):
