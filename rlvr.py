@@ -89,7 +89,7 @@ def grpo(run, stage: str, model: GPT, data, box: Sandbox, evaluate):
         problems = [data.rl_problems[i] for i, _ in tries]
         with run.autocast():
             samples, passed = attempt(model, data.enc, problems, [run.draw("rlvr", step, i, k) for i, k in tries], box,
-                                      max_new_tokens=s.max_new_tokens)
+                                      max_new_tokens=s.max_new_tokens, batch_size=s.sample_batch)
         rewards = torch.tensor(passed, dtype=torch.float32).view(-1, s.rl_group)                        # (P, G)
         signal = has_signal(rewards)                                                                    # (P,)
         advantage = group_advantages(rewards, s.z_score).flatten().to(run.device)                       # (P * G,)

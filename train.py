@@ -56,6 +56,7 @@ class Settings:
     model: str = option("base", "folder or hub name of the base model; `base` ships with the code")
     seed: int = option(0, "first seed")
     seeds: int = option(1, "number of seeds; the report then shows means and standard errors")
+    preset: str = option("world", "a recipe, see PRESETS; flags given beside it win")
     resume: bool = option(False, "go on with the run called --name")
     threads: int = option(0, "CPU threads per process; 0: all cores, shared among the ranks (more only get in each other's way)")
     ablations: bool = option(False, "run the variants of figures 6 and 7 instead of the main experiment")
@@ -103,6 +104,9 @@ class Settings:
     z_score: bool = option(False, "divide group advantages by their standard deviation")
     kl: float = option(0.0, "weight of the k3 KL to the model RLVR starts from")
     micro_batch: int = option(32, "sequences per forward pass in training; changes memory and speed, not the result (but for rounding)")
+    sample_batch: int = option(256, "sequences that are sampled at a time, likewise")
+    context: int = option(2 ** 20, "longest sequence in tokens, where the model itself allows more; written to the config.json of what is trained")
+    checkpoint_blocks: bool = option(False, "keep only each block's input for the backward pass and compute the rest again: a third more time, much less memory")
     save_every: int = option(25, "updates between checkpoints")
 
     def check(self):
@@ -129,6 +133,40 @@ class Settings:
         need(not self.resume or bool(self.name), "resume", "say which run, with --name")
 
 
+# Recipes: what differs from the defaults above. That they fit their cards is predicted (`--preset NAME --memory`, a test holds them to it); what they
+# reach has not been measured, and none of their learning rates is tuned: they are the usual ones for full fine-tuning at these sizes.
+REAL = dict(
+    data="codeparrot/codeparrot-clean", column="content",    # 5M Python files from GitHub, deduplicated; the hub serves them as a stream
+    benchmark="mbpp-docstring",                              # held-out cross-entropy needs solutions, which HumanEval+ and LiveCodeBench lack
+    rl_data="leetcode:train", rl_pool=1024,                  # 2.6k problems with dozens of tests each, none of them in MBPP
+    eval_problems=400,                                       # a standard error of 2.5 points; later ones have prompts of 4,000 characters
+    context=1536, row_tokens=1536,                           # LeetCode's longest prompt, about 800 tokens, and the answer; rows are packed full
+    max_new_tokens=512,                                      # LeetCode's longest reference solutions; rarely more than 300
+    max_rationale=64,                                        # a sentence; the world's arithmetic needs less
+    horizon=16,                                              # real blocks are longer than the world's loops of 5 lines
+    experts=32_768,                                          # 200 updates of 128 programs see most of them once: web code is not repeated
+    e_rollouts=4, e_programs=32,                             # as many rollouts as before, on more programs: real ones differ more
+    e_steps=100, m_steps=200, m_programs=128, rl_steps=100, rl_problems=32, save_every=20,
+)
+BILLION = dict(REAL, e_lr=5e-6, m_lr=1e-5,                   # Adam moves every weight by about this much per update, and they are about 0.02
+               rl_lr=1e-6)                                   # what GRPO is usually run with (DAPO, Dr. GRPO); rewards are noisier than text
+SMALL_CARD = dict(checkpoint_blocks=True,                    # activations would take a third of the card
+                  micro_batch=1)                             # one row of 1,536 tokens has 5 GB of logits and their gradients when V = 152k
+PRESETS: dict[str, dict] = {
+    "world": {},
+    # One GPU, minutes: a small enough model for larger learning rates, and fewer updates.
+    "smollm2-135m": dict(REAL, model="HuggingFaceTB/SmolLM2-135M", experts=8192, e_lr=2e-5, m_lr=5e-5, rl_lr=5e-6,
+                         e_steps=40, m_steps=100, m_programs=64, rl_steps=40, eval_problems=128, rl_problems=16, micro_batch=8),
+    # One GPU of 80 GB: float32 weights and moments, bfloat16 autocast.
+    "qwen2.5-1.5b": dict(BILLION, model="Qwen/Qwen2.5-1.5B", micro_batch=4),
+    "llama-3.2-1b": dict(BILLION, model="meta-llama/Llama-3.2-1B", micro_batch=4),
+    "qwen2.5-1.5b-24gb": dict(BILLION, model="Qwen/Qwen2.5-1.5B", **SMALL_CARD),
+    "llama-3.2-1b-24gb": dict(BILLION, model="meta-llama/Llama-3.2-1B", **SMALL_CARD),
+    # Eight GPUs of 80 GB.
+    "llama-3.1-8b": dict(BILLION, model="meta-llama/Llama-3.1-8B", checkpoint_blocks=True, micro_batch=4),
+}
+
+
 def parse_flags(argv: list[str] | None = None) -> Settings:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(Settings):
@@ -137,6 +175,10 @@ def parse_flags(argv: list[str] | None = None) -> Settings:
             ap.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
         else:
             ap.add_argument(flag, type=f.type, default=f.default, help=text)
+    preset = ap.parse_args(argv).preset
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
+    ap.set_defaults(**PRESETS[preset])               # and once more: what the command line says still wins
     return Settings(**vars(ap.parse_args(argv)))
 
 
@@ -243,7 +285,7 @@ class Run:
                 (self.dir / "state.pt").unlink(missing_ok=True)
             self.barrier()
         model = GPT.from_pretrained(folder, device=self.device)
-        model.n_vocab = start.n_vocab
+        model.n_vocab, model.grad_checkpoint = start.n_vocab, start.grad_checkpoint
         return model
 
     def steps(self, stage: str, model: GPT, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0.0):
@@ -381,7 +423,7 @@ class Scorer:
         with self.run.autocast():
             _, passed = bench.attempt(model, self.data.enc, [p for _, p in mine for _ in range(k)],
                                       [self.run.draw("eval", i, j) for i, _ in mine for j in range(k)], self.box,
-                                      max_new_tokens=self.run.s.max_new_tokens, temperature=temperature)
+                                      max_new_tokens=self.run.s.max_new_tokens, temperature=temperature, batch_size=self.run.s.sample_batch)
         return [sum(part) for part in elbo.chunks(passed, k)]
 
     def greedy(self, model: GPT, problems: int | None = None) -> float:
@@ -656,6 +698,7 @@ def main(s: Settings):
     if s.model == "base" and not Path("base").exists():
         s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
     base, enc = load_pretrained(s.model, torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
+    base.grad_checkpoint, base.config.context = s.checkpoint_blocks, min(s.context, base.config.context)
     data = load_data(s, base, enc)                   # before anything is written: bad data leaves nothing behind
     shared = [str(start_folder(s)) if first else None]
     if ranks > 1:
