@@ -27,6 +27,7 @@ import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import elbo
 from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Batch, Program, Trace, chunks
@@ -109,7 +110,8 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     # Room for a rationale: its tokens, and a closing that had to be forced.
     rationale = max_rationale + 1 + max(len(enc.encode_ordinary(c)) for c in {c for p in programs for c in p.closings})
     size = min(cfg.context, max(len(p) + (1 if mode == "first" else len(p.lines)) * rationale for p in programs))
-    cache = KVCache(cfg, len(rows), size, dev, next(model.parameters()).dtype)
+    dtype = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else model.embed_tokens.weight.dtype
+    cache = KVCache(cfg, len(rows), size, dev, dtype)
     openers = openers.to(dev)
     while rows:
         # Score what each row has not seen yet, and all of its remaining lines behind it. Shorter rows begin earlier, with tokens
@@ -118,7 +120,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         width = max(len(text) - seen for text, seen in zip(texts, cache.length.tolist()))
         starts = [max(len(text) - width, 0) for text in texts]
         cache.length = torch.tensor(starts, device=dev)
-        logits = model(pad([text[i:] for text, i in zip(texts, starts)], cfg.eos_id, dev), cache=cache)   # (B, T, V)
+        x = model(pad([text[i:] for text, i in zip(texts, starts)], cfg.eos_id, dev), cache=cache, head=False)   # (B, T, D)
         # The gate of a line is decided by the logits of the token before it.
         where, counts = [], []
         for b, r in enumerate(rows):
@@ -128,9 +130,12 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
                 i, n = i + len(line), n + 1
             counts.append(n)
         at = torch.tensor(where, device=dev)                                                            # (N, 2)
-        p = logits[at[:, 0], at[:, 1]].double().softmax(-1)                                             # (N, V)
-        p_open = (p * openers).sum(-1).split(counts)
-        firsts = np.cumsum([0] + counts)                        # where each row's lines begin in p
+        x = x[at[:, 0], at[:, 1]]                               # (N, D): logits only where needed; of every token, they would fill a GPU
+
+        def opening(x: Tensor) -> Tensor:
+            return model.unembed(x).double().softmax(-1) * openers                                      # (n, V)
+        p_open = torch.cat([opening(part).sum(-1) for part in x.split(256)]).split(counts)
+        firsts = np.cumsum([0] + counts)                        # where each row's lines begin in x
         thinking = []
         for b, (r, q) in enumerate(zip(rows, p_open)):
             start = r.t
@@ -141,8 +146,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         keep = torch.tensor([b for b, _ in thinking], device=dev)
         rows, cache = [rows[b] for b, _ in thinking], cache.select(keep)
         # Which opener: q restricted to them. (`decide` has drawn that it is one.)
-        among = p[[n for _, n in thinking]] * openers                                                   # (B, V)
-        last = _draw(among.log(), rows)
+        last = _draw(opening(x[[n for _, n in thinking]]).log(), rows)                                  # of (B, V)
         for r, token in zip(rows, last):
             r.write(token, FORCED if mode in ("always", "first") else FREE)
         cache.length = torch.tensor([len(r.trace.tokens) - 1 for r in rows], device=dev)
@@ -228,6 +232,31 @@ def anchor_loss(logits: Tensor, pi_logits: Tensor, batch: Batch, openers: Tensor
     return (p.exp() * (p - q)).sum()
 
 
+def compare(model: GPT, pi: GPT, batch: Batch, openers: Tensor, positions: int = 1024) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the E-step needs of the logits of both models: q's gate and token, and pi's token, (B, T - 1) each (`elbo.score`); the anchor loss.
+
+    With a vocabulary of 150k, this takes more memory than everything else: some 40 bytes per entry of q's logits. A model that recomputes
+    its blocks recomputes them too, so that no more than about `positions` x V of them are there at a time.
+    """
+    x = model(batch.tokens[:, :-1], head=False)                                                         # (B, T-1, D)
+    with torch.no_grad():
+        pi_x = pi(batch.tokens[:, :-1], head=False)
+
+    def part(x: Tensor, pi_x: Tensor, a: int, b: int):
+        piece = Batch(*(t[:, a:b + 1] for t in (batch.tokens, batch.kind, batch.line, batch.gate)))     # (B, b-a+1)
+        logits = model.unembed(x[:, a:b])                                                               # (B, b-a, V)
+        with torch.no_grad():
+            pi_logits = pi.unembed(pi_x[:, a:b])
+            _, pi_token = elbo.score(pi_logits, piece, openers)
+        return *elbo.score(logits, piece, openers), pi_token, anchor_loss(logits, pi_logits, piece, openers)
+    T = x.shape[1]
+    if not model.grad_checkpoint:
+        return part(x, pi_x, 0, T)
+    step = max(1, positions // len(batch))
+    gate, token, pi_token, anchor = zip(*(checkpoint(part, x, pi_x, a, min(a + step, T), use_reentrant=False) for a in range(0, T, step)))
+    return torch.cat(gate, 1), torch.cat(token, 1), torch.cat(pi_token, 1), sum(anchor)
+
+
 # --------------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -238,13 +267,15 @@ def e_step(run, model: GPT, data):
     """
     s = run.s
     pi = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
     for step in run.steps("estep", model, optimizer, s.e_steps, s.e_lr, warmup=5):
         picked = np.random.default_rng(run.draw("estep", step)).choice(len(data.experts), s.e_programs, replace=False).tolist()
         versions = [(i, k) for i in run.mine(picked) for k in range(s.e_rollouts)]
-        with run.autocast():
-            traces = rollout(model, data.enc, [data.experts[i] for i, _ in versions], [run.draw("estep", step, i, k) for i, k in versions],
-                             data.openers, max_rationale=s.max_rationale, mode=s.rationales)
+        traces = []
+        for part in chunks(versions, s.sample_batch):
+            with run.autocast():
+                traces += rollout(model, data.enc, [data.experts[i] for i, _ in part], [run.draw("estep", step, i, k) for i, k in part],
+                                  data.openers, max_rationale=s.max_rationale, mode=s.rationales)
         stats = np.zeros(6)
 
         def micro_batches():
@@ -253,11 +284,7 @@ def e_step(run, model: GPT, data):
                 batch = elbo.collate(part, run.device)
                 L = int(batch.line.max()) + 1
                 with run.autocast():
-                    logits = elbo.logits_of(model, batch)                                               # (B, T-1, V)
-                    with torch.no_grad():
-                        pi_logits = elbo.logits_of(pi, batch)
-                gate, token = elbo.score(logits, batch, data.openers)                                   # (B, T-1) each
-                _, pi_token = elbo.score(pi_logits, batch, data.openers)
+                    gate, token, pi_token, anchor = compare(model, pi, batch, data.openers)             # (B, T-1) each, a scalar
                 loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                           # (B, L)
                 think, broken = decisions(part, L, run.device)
                 r = elbo.line_rewards(loglik, think, broken, *elbo.opening_gate(gate.detach(), batch, L), c=s.c, beta=s.beta,
@@ -266,7 +293,7 @@ def e_step(run, model: GPT, data):
                 A = advantages(G).view(-1, L)
                 stats[:] += [x.sum().item() for x in (r, loglik, batch.line.amax(1) + 1, think, broken, batch.kind == LATENT)]
                 yield (reinforce_loss(elbo.log_q(gate, token, batch), A, batch)
-                       + s.e_anchor * anchor_loss(logits, pi_logits, batch, data.openers))
+                       + s.e_anchor * anchor)
 
         norm = run.update(model, optimizer, micro_batches(), len(traces))
         reward, loglik, lines, thinks, broken, latents = run.sum(*stats)
@@ -277,8 +304,8 @@ def e_step(run, model: GPT, data):
 
 def infuse(run, q: GPT, data, programs: list[Program], what: str, mode: str) -> list[Trace]:
     """Programs with rationales drawn from q, format kept: the M-step's data. Ranks share the work; each gets all of it."""
-    out = []
-    for part in chunks(run.mine(list(enumerate(programs))), 4 * run.s.micro_batch):
+    out, q = [], run.use(q)
+    for part in chunks(run.mine(list(enumerate(programs))), run.s.sample_batch):
         with run.autocast():
             out += rollout(q, data.enc, [p for _, p in part], [run.draw("infuse " + what, i) for i, _ in part], data.openers,
                            max_rationale=run.s.max_rationale, mode=mode)

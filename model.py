@@ -192,7 +192,11 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope, mask, store)
         x = self.norm(x)                                                                              # (B, T, D)
-        return F.linear(x, (self.lm_head or self.embed_tokens).weight[:self.n_vocab]) if head else x  # (B, T, V)
+        return self.unembed(x) if head else x                                                         # (B, T, V)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Last hidden states (..., D), what forward(head=False) returns -> logits (..., V)."""
+        return F.linear(x, (self.lm_head or self.embed_tokens).weight[:self.n_vocab])
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype: torch.dtype = torch.float32) -> "GPT":

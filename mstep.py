@@ -110,7 +110,7 @@ def m_step(run, stage: str, model: GPT, data, traces: list[Trace], heldout: list
             accuracy = {"greedy": evaluate(model)} if evaluate and (step % 50 == 0 or step == n) else {}
             run.log(phase=stage, step=step, nll=heldout_nll(run, model, data, heldout), **accuracy)
 
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = run.optimizer(torch.optim.AdamW, model, betas=(0.9, 0.95), weight_decay=0.01)
     per_epoch = len(traces) // s.m_programs
     for step in run.steps(stage, model, optimizer, n, s.m_lr, decay=0.9):
         probe(step)

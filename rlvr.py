@@ -79,7 +79,7 @@ def grpo_loss(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, *, cli
 def grpo(run, stage: str, model: GPT, data, box: Sandbox, evaluate):
     """GRPO on data.rl_problems; evaluate(model) -> float gives the curve on held-out problems. Trains `model` in place."""
     s = run.s
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
     reference = copy.deepcopy(model).requires_grad_(False) if s.kl else None
     for step in run.steps(stage, model, optimizer, s.rl_steps, s.rl_lr, warmup=5):
         if step % 5 == 0:

@@ -107,6 +107,7 @@ class Settings:
     sample_batch: int = option(256, "sequences that are sampled at a time, likewise")
     context: int = option(2 ** 20, "longest sequence in tokens, where the model itself allows more; written to the config.json of what is trained")
     checkpoint_blocks: bool = option(False, "keep only each block's input for the backward pass and compute the rest again: a third more time, much less memory")
+    offload: bool = option(False, "weights and gradients in bfloat16; float32 copies and Adam's moments in main memory, 16 bytes per weight there")
     save_every: int = option(25, "updates between checkpoints")
 
     def check(self):
@@ -150,7 +151,8 @@ REAL = dict(
 )
 BILLION = dict(REAL, e_lr=5e-6, m_lr=1e-5,                   # Adam moves every weight by about this much per update, and they are about 0.02
                rl_lr=1e-6)                                   # what GRPO is usually run with (DAPO, Dr. GRPO); rewards are noisier than text
-SMALL_CARD = dict(checkpoint_blocks=True,                    # activations would take a third of the card
+SMALL_CARD = dict(offload=True,                              # float32 weights, gradients and moments are 16 bytes per weight: 25 GB for 1.5B
+                  checkpoint_blocks=True,                    # activations would take a third of the card
                   micro_batch=1)                             # one row of 1,536 tokens has 5 GB of logits and their gradients when V = 152k
 PRESETS: dict[str, dict] = {
     "world": {},
@@ -192,6 +194,7 @@ class Run:
         self.s, self.dir, self.seed = settings, folder, seed
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.resident: GPT | None = None             # see `use`
         self.compute = 0                             # tokens this rank put through a model, a training token counting three times
         self.records: list[dict] = []
         self.path = folder / "metrics.jsonl"
@@ -273,7 +276,8 @@ class Run:
         """Train a copy of `start` by work(model) and keep it as runs/<name>/<stage>; a stage that is there is only loaded."""
         folder = self.dir / name
         if not any(r.get("key") == f"cost/{name}" for r in self.records):
-            model = self.meter(copy.deepcopy(start))
+            self.use(None)                           # make room
+            model = self.meter(copy.deepcopy(start).to(self.device))
             began, before = time.time(), self.compute
             work(model)
             # A crash between any two of these lines only repeats the end of the stage: the committed record is what says it is done.
@@ -284,7 +288,7 @@ class Run:
             if self.rank == 0:
                 (self.dir / "state.pt").unlink(missing_ok=True)
             self.barrier()
-        model = GPT.from_pretrained(folder, device=self.device)
+        model = GPT.from_pretrained(folder, dtype=start.embed_tokens.weight.dtype)
         model.n_vocab, model.grad_checkpoint = start.n_vocab, start.grad_checkpoint
         return model
 
@@ -319,6 +323,17 @@ class Run:
 
     # one optimizer step ----------------------------------------------------------------------------------------------
 
+    def use(self, model: GPT | None) -> GPT | None:
+        """`model` on the device, to sample from. What was there for that before returns to main memory, where all models rest but the one in training."""
+        if model is None or model.device != self.device:
+            if self.resident is not None:
+                self.resident.to("cpu")
+            self.resident = model and model.to(self.device)
+        return model
+
+    def optimizer(self, kind, model: GPT, **options):
+        return OnCPU(kind, model.parameters(), **options) if self.s.offload else kind(model.parameters(), **options)
+
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
 
@@ -342,7 +357,45 @@ class Run:
                 p.grad = g.view_as(p)
         norm = torch.nn.utils.clip_grad_norm_(params, clip)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)        # sampling comes next, and needs the room
         return norm.item()
+
+
+class OnCPU:
+    """An optimizer of bfloat16 weights whose float32 copies of them, and moments, live in main memory: 16 bytes there, 4 on the device, per weight.
+
+    At a learning rate of 1e-5 an update is less than half of the last place of a bfloat16 weight of 0.02: without the copies it would
+    be rounded away. What remains inexact are the gradients, summed over micro-batches in bfloat16, and the copies' rounding at the end of a stage.
+    """
+
+    def __init__(self, kind, params, **options):
+        self.params = list(params)
+        self.exact = [p.detach().to("cpu", torch.float32, copy=True) for p in self.params]
+        self.inner = kind(self.exact, **options)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.inner.param_groups
+
+    def zero_grad(self, set_to_none: bool = True):
+        for p in (*self.params, *self.exact):
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        for p, e in zip(self.params, self.exact):
+            e.grad = None if p.grad is None else p.grad.to("cpu", torch.float32)
+        self.inner.step()
+        for p, e in zip(self.params, self.exact):
+            p.copy_(e)
+
+    def state_dict(self) -> dict:
+        return dict(exact=self.exact, inner=self.inner.state_dict())
+
+    def load_state_dict(self, state: dict):
+        self.inner.load_state_dict(state["inner"])
+        for e, saved in zip(self.exact, state["exact"], strict=True):
+            e.copy_(saved)
 
 
 def write_text(path: Path, text: str):
@@ -421,7 +474,7 @@ class Scorer:
         """How many of k samples are right, for each of this rank's share of the first `problems`."""
         mine = self.run.mine(list(enumerate(self.data.eval_problems[:problems])))
         with self.run.autocast():
-            _, passed = bench.attempt(model, self.data.enc, [p for _, p in mine for _ in range(k)],
+            _, passed = bench.attempt(self.run.use(model), self.data.enc, [p for _, p in mine for _ in range(k)],
                                       [self.run.draw("eval", i, j) for i, _ in mine for j in range(k)], self.box,
                                       max_new_tokens=self.run.s.max_new_tokens, temperature=temperature, batch_size=self.run.s.sample_batch)
         return [sum(part) for part in elbo.chunks(passed, k)]
@@ -697,9 +750,10 @@ def main(s: Settings):
     first = ranks == 1 or dist.get_rank() == 0
     if s.model == "base" and not Path("base").exists():
         s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
-    base, enc = load_pretrained(s.model, torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
+    base, enc = load_pretrained(s.model, dtype=torch.bfloat16 if s.offload else torch.float32)
     base.grad_checkpoint, base.config.context = s.checkpoint_blocks, min(s.context, base.config.context)
     data = load_data(s, base, enc)                   # before anything is written: bad data leaves nothing behind
+    data.openers = data.openers.to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
     shared = [str(start_folder(s)) if first else None]
     if ranks > 1:
         dist.broadcast_object_list(shared)
