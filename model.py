@@ -380,6 +380,86 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     return out
 
 
+# ------------------------------------------------------------------------------------------------- how much memory it takes
+
+
+def parameters(cfg: GPTConfig) -> tuple[int, int, int]:
+    """Numbers of weights: of the whole model, of one block, of the embedding (or of the unembedding, which is as large)."""
+    D, H, K, C = cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim
+    block = 2 * D * H * C + 2 * D * K * C + 3 * D * cfg.d_ff + 2 * D + cfg.qkv_bias * (H + 2 * K) * C + cfg.qk_norm * 2 * C
+    embedding = cfg.vocab_size * D
+    return (1 if cfg.tie_embeddings else 2) * embedding + cfg.n_layer * block + D, block, embedding
+
+
+def memory(cfg: GPTConfig, phase: str, *, rows: int, length: int, precision: str = "autocast", recompute: bool = False, frozen: bool = False,
+           shards: int = 1, positions: int = 1024) -> dict[str, float]:
+    """Predicted memory of one device, in bytes: each term, and the `total` at the worst moment, for `rows` sequences of `length` tokens.
+
+    phase: "estep", "mstep", "rlvr": a micro-batch in training; "sampling": rollouts between the updates, rows at a time.
+    precision: "float32"; "autocast": float32 weights, bfloat16 products; "bfloat16": --offload, with the moments elsewhere.
+    recompute: --checkpoint-blocks. frozen: a second, constant copy of the weights (pi, the KL's reference). shards: --shard over so many.
+    Not counted: what the allocator loses to fragments and the CUDA context (one or two GB). Raises ValueError for another phase or precision.
+
+    The terms follow the code line by line; tests compare them with what is really allocated on the CPU. CUDA's fused kernels keep less.
+    """
+    if phase not in ("estep", "mstep", "rlvr", "sampling") or precision not in ("float32", "autocast", "bfloat16"):
+        raise ValueError(f"no prediction for phase {phase!r} in precision {precision!r}")
+    D, H, K, C, F_, L, V = cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.d_ff, cfg.n_layer, cfg.vocab_size
+    (P, block, embedding), N, tied = parameters(cfg), rows * length, cfg.tie_embeddings
+    weight = 2 if precision == "bfloat16" else 4                    # bytes of a weight and of its gradient
+    value = 4 if precision == "float32" else 2                      # of a result of a matrix product
+    out = {"weights": weight * P / shards}
+    if precision != "bfloat16":
+        out["Adam's moments"] = 8 * P / shards                      # two, float32
+    if shards > 1:
+        weight, precision = 2, "bfloat16"                           # fully_shard gathers in bfloat16: from here on all is as in that
+        out["replica to sample from"] = 2 * P
+    if frozen:
+        out["frozen copy"] = weight * P
+    # Autocast makes a bfloat16 copy of each weight of a product, and keeps it as long as the graph or its block lasts.
+    casts, head = (2 * L * block, 2 * embedding) if precision == "autocast" else (0, 0)
+
+    if phase == "sampling":
+        out["bfloat16 copies"] = casts
+        out["KV cache"] = 2 * (2 * L * N * K * C * value)           # keys and values; twice, while `select` drops finished rows
+        # All rows from their first token, as a rollout begins. In attention: the mask as bool, also for each query head of a key, and that as
+        # numbers. In the MLP: silu(gate), up and their product.
+        forward = N * (D * (2 * weight + value) + max(3 * F_ * value, length * (1 + (1 + value) * H / K) + 4 * H * C * value))
+        # A softmax and its product or sum in float64: of 256 gates at a time, or of the next token of each row.
+        logits = 16 * V * max(256, rows) + head
+        out |= {"forward pass" if forward >= logits else "logits": max(forward, logits)}         # one after the other
+        return out | {"total": sum(out.values())}
+
+    out["gradients"] = (4 if shards > 1 else weight) * P / shards
+    if shards > 1:      # the embeddings stay gathered with their gradients, in bfloat16 and, to be summed, float32; of blocks the current, the next
+        out["gathered weights and gradients"] = 8 * (1 if tied else 2) * embedding + 12 * block
+    # What a block keeps of each token for its backward pass. Both norms: their input (the residual stream) and their result before its weight;
+    # inputs of the matrix products, which autocast casts once per product; q, k, v (k and v per query head) and attention's result;
+    # gate, silu(gate), up and their product; two inverse norms, and the logarithm of attention's denominator per head.
+    norms, inputs = {"float32": (16, 8), "autocast": (16, 10), "bfloat16": (12, 4)}[precision]
+    token = (norms + inputs) * D + value * (4 * H * C + 4 * F_) + 4 * H + 8 + cfg.qk_norm * (H + K) * (8 * C + 4)
+    if phase == "mstep":
+        token += value * length                                     # the mask that keeps packed documents apart, as numbers
+    kept = N * (12 * D + L * (weight * D if recompute else token))  # 12 D: the last norm
+    again = N * token + casts / L if recompute else 0
+    # Logits and what is made of them. Cross-entropy: log-softmax, its gradient, the logits' gradient, float32. The E-step: logits of q and
+    # pi, log-softmaxes of both over the line and of each at its gate (every 8th token or so), their difference, weighted.
+    gradient = weight * embedding
+    if phase == "estep" and recompute:      # some positions at a time; the weighting is not made again; in the backward pass, with the sum of
+        before = V * min(N, max(positions, rows)) * (2 * value + 23)                # the unembedding's gradients so far, and pi's states
+        after = before + head + gradient * (N > positions) + 3 * N * D * weight
+    elif phase == "estep":
+        before = after = V * N * (2 * value + 27) + head
+    else:
+        before, after = V * N * 8 + head, V * N * 12 + head         # in the forward and in the backward pass
+    logits = max(before + casts, after) if recompute else after + casts             # recomputed blocks' copies go with the forward pass
+    # Later in the backward pass, with the logits gone: the unembedding's gradient, twice (that of its first n_vocab rows, then of all); a
+    # block made again beside it, where it waits for the embedding's; in the end both and their sum, with the activations gone.
+    later = max(2 * gradient + (0 if recompute else casts), again + gradient * tied, 3 * gradient * tied - kept)
+    out |= {"activations": kept, "logits" if logits >= later else "gradients on their way": max(logits, later)}  # the worst moment
+    return out | {"total": sum(out.values())}
+
+
 # ------------------------------------------------------------------------------------- the Hugging Face layout of a model
 
 

@@ -1,12 +1,25 @@
 """What large models need: presets, recomputed blocks, the prediction of memory, sharding."""
 import copy
+import gc
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import bench
+import elbo
+import estep
+import mstep
+import rlvr
 import train
-from model import GPT, GPTConfig
+from elbo import ACTION, FREE, PROMPT, Trace, collate
+from model import GPT, GPTConfig, generate, load_pretrained, memory, parameters
 from train import PRESETS, parse_flags
+
+ROOT = Path(__file__).parent.parent
 
 
 # ------------------------------------------------------------------------------------------------------------------ presets
@@ -40,3 +53,179 @@ def test_recomputed_blocks_outlive_a_stage_and_change_no_gradient(tmp_path):
         kept(torch.arange(12)[None]).logsumexp(-1).sum().backward()
         grads.append(kept.layers[0].mlp.up_proj.weight.grad)
     assert torch.equal(*grads)
+
+
+# ------------------------------------------------------------------------------------------------------- logits, in parts
+
+
+def traces(rows: int, length: int, vocab: int) -> list[Trace]:
+    """Random programs of lines of 9 tokens, a decision point before each."""
+    out = []
+    for ids in torch.randint(50, vocab, (rows, length), generator=torch.Generator().manual_seed(0)).tolist():
+        out.append(Trace())
+        out[-1].add(ids[:1], PROMPT)
+        for t, line in enumerate(elbo.chunks(ids[1:], 9)):
+            out[-1].add(line, ACTION, t, FREE)
+    return out
+
+
+def openers(vocab: int) -> torch.Tensor:
+    return torch.arange(vocab) < 50
+
+
+def test_the_e_step_in_parts_is_the_e_step():
+    """6 positions at a time (of 3 rows: 2) or all at once: the same terms and the same gradient."""
+    torch.manual_seed(0)
+    model, batch, seen = GPT(GPTConfig(vocab_size=80, n_layer=2)), collate(traces(3, 40, 80)), []
+    pi = GPT(model.config).requires_grad_(False)
+    for model.grad_checkpoint in (False, True):
+        model.zero_grad()
+        gate, token, pi_token, anchor = estep.compare(model, pi, batch, openers(80), positions=6)
+        (gate.sum() + 2 * token.sum() + 3 * anchor).backward()
+        seen.append([gate, token, pi_token, anchor, *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------- bfloat16 weights, float32 elsewhere
+
+
+def test_masters_in_main_memory_keep_the_updates_that_bfloat16_loses():
+    """Thirty updates at 1e-5. Plain bfloat16 loses all but the small weights' updates; with masters, float32's path is followed."""
+    torch.manual_seed(0)
+    start = GPT(GPTConfig(vocab_size=64, n_layer=1)).bfloat16()
+
+    def trained(model, make, updates=30, optimizer=None):
+        optimizer = optimizer or make(model)
+        for step in range(updates):
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(model(torch.arange(20)[None])[0].float(), torch.arange(1, 21)).backward()
+            optimizer.step()
+        return model.layers[0].mlp.up_proj.weight.detach().float(), optimizer
+
+    def adam(model):
+        return torch.optim.Adam(model.parameters(), lr=1e-5)
+
+    def masters(model):
+        return train.OnCPU(torch.optim.Adam, model.parameters(), lr=1e-5)
+    begin = start.layers[0].mlp.up_proj.weight.detach().float()
+    reference, plain = trained(copy.deepcopy(start).float(), adam)[0], trained(copy.deepcopy(start), adam)[0]
+    ours, optimizer = trained(copy.deepcopy(start), masters)
+    apart = lambda w: float((w - reference).norm() / (reference - begin).norm())
+    index = [n for n, _ in start.named_parameters()].index("layers.0.mlp.up_proj.weight")
+    assert apart(plain) > 0.5 > 0.1 > apart(optimizer.exact[index])
+    assert torch.equal(ours, optimizer.exact[index].bfloat16().float())
+    # Saved and found again, halfway: the same weights in the end.
+    model = copy.deepcopy(start)
+    half = trained(model, masters, 15)[1]
+    again = masters(copy.deepcopy(start))
+    again.load_state_dict(copy.deepcopy(half.state_dict()))
+    other = copy.deepcopy(model)
+    again.params = list(other.parameters())
+    assert torch.equal(trained(other, None, 15, again)[0], ours)
+
+
+def test_a_model_at_rest_makes_room_for_the_next(tmp_path):
+    class Model:                                                      # only where it is, there being no second device here
+        device = torch.device("cpu")
+
+        def to(self, device):
+            self.device = torch.device(device)
+            return self
+    run, a, b = train.Run(train.Settings(), tmp_path, seed=0), Model(), Model()
+    run.device = torch.device("meta")
+    assert [run.use(a).device.type, run.use(a).device.type, run.use(b).device.type, a.device.type] == ["meta", "meta", "meta", "cpu"]
+    run.use(None)
+    assert b.device.type == "cpu"
+
+
+# ------------------------------------------------------------------------------------------------------------------ memory
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all tensors made inside that are alive at a time, at most: every operation, forward and backward, passes here."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.alive = 0, 0, {}
+        gc.collect()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (key := (storage := t.untyped_storage())._cdata) not in given and key not in self.alive:
+                self.alive[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, key)
+        return out
+
+    def gone(self, key):
+        self.now -= self.alive.pop(key)
+
+
+BLOCKS, WORDS, WIDE = (GPTConfig(head_dim=16, **c) for c in (
+    dict(vocab_size=128, d_model=64, n_layer=6, d_ff=160, qk_norm=True),              # blocks weigh most
+    dict(vocab_size=8000, d_model=16, n_layer=2, d_ff=32, tie_embeddings=False),      # logits weigh most
+    dict(vocab_size=3000, d_model=192, n_layer=2, d_ff=512)))                         # the embedding's gradient weighs most
+FIXED = ("weights", "gradients", "Adam's moments", "frozen copy")
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize("precision", ("float32", "autocast", "bfloat16"))
+@pytest.mark.parametrize("phase", ("estep", "mstep", "rlvr"))
+def test_a_training_step_takes_the_memory_that_is_predicted(phase, precision, recompute):
+    rows, length, positions = 2, 96, 48
+    for cfg in (BLOCKS, WORDS, WIDE):
+        model = GPT(cfg).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        model.grad_checkpoint = recompute
+        pi = copy.deepcopy(model).requires_grad_(False)
+        for p in model.parameters():                                  # there from the micro-batches before
+            p.grad = torch.zeros_like(p)
+        programs = traces(rows, length + 1, cfg.vocab_size)
+        batch = mstep.packed_batch(programs, [[i] for i in range(rows)]) if phase == "mstep" else collate(programs)
+        with Peak() as measured:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+                if phase == "estep":
+                    gate, token, _, anchor = estep.compare(model, pi, batch, openers(cfg.vocab_size), positions)
+                    loss = gate.sum() + token.sum() + anchor
+                else:
+                    loss = mstep.loss(model, batch) if phase == "mstep" else rlvr.token_logprobs(model, batch).sum()
+            loss.backward()
+        predicted = memory(cfg, phase, rows=rows, length=length, precision=precision, recompute=recompute, frozen=phase == "estep", positions=positions)
+        assert predicted["total"] - sum(predicted.get(k, 0) for k in FIXED) == pytest.approx(measured.most, rel=0.1), (cfg, predicted)
+
+
+@pytest.mark.parametrize("precision", ("float32", "bfloat16"))
+def test_what_stays_takes_the_memory_that_is_predicted(precision):
+    """Weights, gradients, optimizer states, exactly."""
+    for cfg in (BLOCKS, WORDS, GPTConfig(qkv_bias=True)):
+        model = GPT(cfg).to(getattr(torch, precision))
+        optimizer = (train.OnCPU if precision == "bfloat16" else lambda kind, p: kind(p))(torch.optim.AdamW, model.parameters())
+        model(torch.arange(9)[None]).sum().backward()
+        optimizer.step()
+        size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+        predicted = memory(cfg, "mstep", rows=1, length=9, precision=precision)
+        assert predicted["weights"] == size(model.parameters()) and predicted["gradients"] == size(p.grad for p in model.parameters())
+        moments = [v for state in (optimizer.inner if precision == "bfloat16" else optimizer).state.values() for v in state.values() if v.ndim]
+        assert predicted.get("Adam's moments", 0) == (size(moments) if precision == "float32" else 0) and parameters(cfg)[0] * 8 == size(moments)
+
+
+@pytest.mark.parametrize("precision", ("float32", "autocast", "bfloat16"))
+def test_sampling_takes_no_more_memory_than_is_predicted(precision):
+    _, enc = load_pretrained(ROOT / "base")
+    programs = [elbo.parse(enc, p.prompt, p.solution, 0) for p in bench.world("train", 24, seed=0)]
+    for cfg in (GPTConfig(vocab_size=enc.n_vocab, d_model=64, n_layer=6, d_ff=160, head_dim=16),
+                GPTConfig(vocab_size=20_000, d_model=16, n_layer=1, d_ff=32, head_dim=16)):
+        model = GPT(cfg).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+            with Peak() as rollouts:
+                longest = max(len(t.tokens) for t in estep.rollout(model, enc, programs, list(range(24)), openers(cfg.vocab_size), max_rationale=4))
+            with Peak() as answers:
+                generate(model, [p.prompt for p in programs], max_new_tokens=8, seeds=list(range(24)))
+        length = max(len(p) + 8 * len(p.lines) for p in programs)     # as long as a rollout's cache can grow
+        predicted = memory(cfg, "sampling", rows=24, length=length, precision=precision)
+        predicted = predicted["total"] - sum(predicted.get(k, 0) for k in FIXED)
+        print(precision, longest, length, rollouts.most, answers.most, predicted)
+        assert max(rollouts.most, answers.most) <= predicted <= 3 * rollouts.most
