@@ -382,6 +382,17 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
 
 # ------------------------------------------------------------------------------------------------- how much memory it takes
 
+# The shapes of the models that train.PRESETS names, from their config.json: their memory can be predicted before they are downloaded.
+# Nothing but shapes: the frequencies of the positions and the ids of special tokens are left at their defaults.
+SHAPES = {
+    "HuggingFaceTB/SmolLM2-135M": GPTConfig(vocab_size=49_152, d_model=576, n_layer=30, n_head=9, n_kv_head=3, head_dim=64, d_ff=1536, context=8192),
+    "Qwen/Qwen2.5-1.5B": GPTConfig(vocab_size=151_936, d_model=1536, n_layer=28, n_head=12, n_kv_head=2, head_dim=128, d_ff=8960, context=131_072,
+                                   qkv_bias=True),
+    "meta-llama/Llama-3.2-1B": GPTConfig(vocab_size=128_256, d_model=2048, n_layer=16, n_head=32, n_kv_head=8, head_dim=64, d_ff=8192, context=131_072),
+    "meta-llama/Llama-3.1-8B": GPTConfig(vocab_size=128_256, d_model=4096, n_layer=32, n_head=32, n_kv_head=8, head_dim=128, d_ff=14_336, context=131_072,
+                                         tie_embeddings=False),
+}
+
 
 def parameters(cfg: GPTConfig) -> tuple[int, int, int]:
     """Numbers of weights: of the whole model, of one block, of the embedding (or of the unembedding, which is as large)."""
@@ -420,7 +431,8 @@ def memory(cfg: GPTConfig, phase: str, *, rows: int, length: int, precision: str
     casts, head = (2 * L * block, 2 * embedding) if precision == "autocast" else (0, 0)
 
     if phase == "sampling":
-        out["bfloat16 copies"] = casts
+        if casts:
+            out["bfloat16 copies"] = casts
         out["KV cache"] = 2 * (2 * L * N * K * C * value)           # keys and values; twice, while `select` drops finished rows
         # All rows from their first token, as a rollout begins. In attention: the mask as bool, also for each query head of a key, and that as
         # numbers. In the MLP: silu(gate), up and their product.

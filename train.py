@@ -42,7 +42,7 @@ import elbo
 import estep
 import mstep
 import rlvr
-from model import GPT, encode_prompt, load_pretrained, write_whole
+from model import GPT, SHAPES, GPTConfig, encode_prompt, find_model, load_pretrained, memory, read_config, write_whole
 from sandbox import Sandbox
 
 
@@ -57,6 +57,7 @@ class Settings:
     seed: int = option(0, "first seed")
     seeds: int = option(1, "number of seeds; the report then shows means and standard errors")
     preset: str = option("world", "a recipe, see PRESETS; flags given beside it win")
+    memory: bool = option(False, "print the memory that a GPU will need, and stop; needs no weights")
     resume: bool = option(False, "go on with the run called --name")
     threads: int = option(0, "CPU threads per process; 0: all cores, shared among the ranks (more only get in each other's way)")
     ablations: bool = option(False, "run the variants of figures 6 and 7 instead of the main experiment")
@@ -148,25 +149,46 @@ REAL = dict(
     experts=32_768,                                          # 200 updates of 128 programs see most of them once: web code is not repeated
     e_rollouts=4, e_programs=32,                             # as many rollouts as before, on more programs: real ones differ more
     e_steps=100, m_steps=200, m_programs=128, rl_steps=100, rl_problems=32, save_every=20,
+    sample_batch=64,                                         # what decoding gains beyond it is little, what its cache takes is not
 )
-BILLION = dict(REAL, e_lr=5e-6, m_lr=1e-5,                   # Adam moves every weight by about this much per update, and they are about 0.02
+BILLION = dict(REAL, checkpoint_blocks=True, micro_batch=8,  # without, the E-step on one program's four versions would take 84 GB (Qwen2.5)
+               e_lr=5e-6, m_lr=1e-5,                   # Adam moves every weight by about this much per update, and they are about 0.02
                rl_lr=1e-6)                                   # what GRPO is usually run with (DAPO, Dr. GRPO); rewards are noisier than text
 SMALL_CARD = dict(offload=True,                              # float32 weights, gradients and moments are 16 bytes per weight: 25 GB for 1.5B
-                  checkpoint_blocks=True,                    # activations would take a third of the card
-                  micro_batch=1)                             # one row of 1,536 tokens has 5 GB of logits and their gradients when V = 152k
+                  micro_batch=2)                             # a row of 1,536 tokens has 2.8 GB of logits and their gradients when V = 152k
+ROOM = 0.9e9                # bytes per GB of a card that a prediction may fill; the CUDA context and fragments take one or two GB
 PRESETS: dict[str, dict] = {
     "world": {},
     # One GPU, minutes: a small enough model for larger learning rates, and fewer updates.
     "smollm2-135m": dict(REAL, model="HuggingFaceTB/SmolLM2-135M", experts=8192, e_lr=2e-5, m_lr=5e-5, rl_lr=5e-6,
-                         e_steps=40, m_steps=100, m_programs=64, rl_steps=40, eval_problems=128, rl_problems=16, micro_batch=8),
+                         e_steps=40, m_steps=100, m_programs=64, rl_steps=40, eval_problems=128, rl_problems=16, micro_batch=4),
     # One GPU of 80 GB: float32 weights and moments, bfloat16 autocast.
-    "qwen2.5-1.5b": dict(BILLION, model="Qwen/Qwen2.5-1.5B", micro_batch=4),
-    "llama-3.2-1b": dict(BILLION, model="meta-llama/Llama-3.2-1B", micro_batch=4),
-    "qwen2.5-1.5b-24gb": dict(BILLION, model="Qwen/Qwen2.5-1.5B", **SMALL_CARD),
-    "llama-3.2-1b-24gb": dict(BILLION, model="meta-llama/Llama-3.2-1B", **SMALL_CARD),
+    "qwen2.5-1.5b": dict(BILLION, model="Qwen/Qwen2.5-1.5B"),
+    "llama-3.2-1b": dict(BILLION, model="meta-llama/Llama-3.2-1B"),
+    # One GPU of 24 GB, and 32 GB of main memory.
+    "qwen2.5-1.5b-24gb": dict(BILLION, model="Qwen/Qwen2.5-1.5B") | SMALL_CARD,
+    "llama-3.2-1b-24gb": dict(BILLION, model="meta-llama/Llama-3.2-1B") | SMALL_CARD,
     # Eight GPUs of 80 GB.
-    "llama-3.1-8b": dict(BILLION, model="meta-llama/Llama-3.1-8B", checkpoint_blocks=True, micro_batch=4),
+    "llama-3.1-8b": dict(BILLION, model="meta-llama/Llama-3.1-8B", micro_batch=4, sample_batch=32),
 }
+
+
+def predict(s: Settings, cfg: GPTConfig, shards: int = 1) -> dict[str, dict[str, float]]:
+    """Phase -> term -> predicted bytes on a GPU (`model.memory`), for micro-batches whose sequences are all as long as can be."""
+    longest = min(s.context, cfg.context)
+    group = max(s.micro_batch // s.e_rollouts, 1) * s.e_rollouts                  # the E-step keeps a program's versions together
+    how = dict(precision="bfloat16" if s.offload else "autocast", recompute=s.checkpoint_blocks, shards=shards)
+    return {phase: memory(cfg, phase, rows=rows, length=longest, frozen=frozen, **how) for phase, rows, frozen in (
+        ("sampling", s.sample_batch, True), ("estep", group, True), ("mstep", s.micro_batch, False), ("rlvr", s.micro_batch, s.kl > 0))}
+
+
+def print_memory(s: Settings):
+    cfg = SHAPES.get(s.model) or read_config(find_model(s.model, "config.json"))
+    worst = 0.0
+    for phase, terms in predict(s, cfg, int(os.environ.get("WORLD_SIZE", 1)) if False else 1).items():
+        worst = max(worst, terms["total"])
+        print(f"{phase:9}{terms['total'] / 1e9:6.1f} GB = " + " + ".join(f"{v / 1e9:.1f} {k}" for k, v in terms.items() if k != "total"))
+    print(f"at most {worst / 1e9:.1f} GB per GPU: " + ", ".join(f"{'fits' if worst <= ROOM * card else 'does not fit'} {card} GB" for card in (80, 24)))
 
 
 def parse_flags(argv: list[str] | None = None) -> Settings:
@@ -739,6 +761,8 @@ def start_folder(s: Settings) -> Path:
 
 def main(s: Settings):
     s.check()
+    if s.memory:
+        return print_memory(s)
     local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(s.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
     if torch.cuda.is_available():

@@ -16,7 +16,7 @@ import mstep
 import rlvr
 import train
 from elbo import ACTION, FREE, PROMPT, Trace, collate
-from model import GPT, GPTConfig, generate, load_pretrained, memory, parameters
+from model import GPT, SHAPES, GPTConfig, generate, load_pretrained, memory, parameters
 from train import PRESETS, parse_flags
 
 ROOT = Path(__file__).parent.parent
@@ -227,5 +227,33 @@ def test_sampling_takes_no_more_memory_than_is_predicted(precision):
         length = max(len(p) + 8 * len(p.lines) for p in programs)     # as long as a rollout's cache can grow
         predicted = memory(cfg, "sampling", rows=24, length=length, precision=precision)
         predicted = predicted["total"] - sum(predicted.get(k, 0) for k in FIXED)
-        print(precision, longest, length, rollouts.most, answers.most, predicted)
+        assert longest <= length
         assert max(rollouts.most, answers.most) <= predicted <= 3 * rollouts.most
+
+
+@pytest.mark.parametrize("name, published", [("HuggingFaceTB/SmolLM2-135M", 134_515_008), ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+                                             ("meta-llama/Llama-3.2-1B", 1_235_814_400), ("meta-llama/Llama-3.1-8B", 8_030_261_248)])
+def test_real_models_have_as_many_weights_as_published(name, published):
+    with torch.device("meta"):
+        built = sum(p.numel() for p in GPT(SHAPES[name]).parameters())
+    assert built == parameters(SHAPES[name])[0] == published
+
+
+@pytest.mark.parametrize("preset, gpus, card", [("smollm2-135m", 1, 24), ("qwen2.5-1.5b", 1, 80), ("llama-3.2-1b", 1, 80), ("qwen2.5-1.5b-24gb", 1, 24),
+                                                ("llama-3.2-1b-24gb", 1, 24), ("llama-3.1-8b", 8, 80)])
+def test_every_preset_fits_its_card(preset, gpus, card):
+    s = parse_flags(["--preset", preset])
+    for phase, terms in train.predict(s, SHAPES[s.model], gpus).items():
+        assert terms["total"] <= train.ROOM * card, (phase, terms)
+    # The small card's measures are needed: without either, the prediction exceeds it.
+    if card == 24 and gpus == 1 and s.offload:
+        for flag in ("--no-offload", "--no-checkpoint-blocks"):
+            wasteful = parse_flags(["--preset", preset, flag])
+            assert max(terms["total"] for terms in train.predict(wasteful, SHAPES[s.model]).values()) > train.ROOM * card, flag
+
+
+def test_the_prediction_is_printed_without_the_model(capsys):
+    train.main(parse_flags(["--preset", "qwen2.5-1.5b", "--memory"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["sampling", "estep", "mstep", "rlvr"]
+    assert "fits 80 GB, does not fit 24 GB" in lines[-1]
