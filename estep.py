@@ -266,15 +266,15 @@ def e_step(run, model: GPT, data):
     run: train.Run, the plumbing; data: train.Data. Trains `model` in place.
     """
     s = run.s
-    pi = copy.deepcopy(model).requires_grad_(False)
+    pi = copy.deepcopy(run.actor(model)).requires_grad_(False)
     optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
     for step in run.steps("estep", model, optimizer, s.e_steps, s.e_lr, warmup=5):
         picked = np.random.default_rng(run.draw("estep", step)).choice(len(data.experts), s.e_programs, replace=False).tolist()
         versions = [(i, k) for i in run.mine(picked) for k in range(s.e_rollouts)]
-        traces = []
+        traces, actor = [], run.actor(model)
         for part in chunks(versions, s.sample_batch):
             with run.autocast():
-                traces += rollout(model, data.enc, [data.experts[i] for i, _ in part], [run.draw("estep", step, i, k) for i, k in part],
+                traces += rollout(actor, data.enc, [data.experts[i] for i, _ in part], [run.draw("estep", step, i, k) for i, k in part],
                                   data.openers, max_rationale=s.max_rationale, mode=s.rationales)
         stats = np.zeros(6)
 

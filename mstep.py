@@ -107,8 +107,9 @@ def m_step(run, stage: str, model: GPT, data, traces: list[Trace], heldout: list
 
     def probe(step):
         if step % 25 == 0 or step == n:
-            accuracy = {"greedy": evaluate(model)} if evaluate and (step % 50 == 0 or step == n) else {}
-            run.log(phase=stage, step=step, nll=heldout_nll(run, model, data, heldout), **accuracy)
+            actor = run.actor(model)
+            accuracy = {"greedy": evaluate(actor)} if evaluate and (step % 50 == 0 or step == n) else {}
+            run.log(phase=stage, step=step, nll=heldout_nll(run, actor, data, heldout), **accuracy)
 
     optimizer = run.optimizer(torch.optim.AdamW, model, betas=(0.9, 0.95), weight_decay=0.01)
     per_epoch = len(traces) // s.m_programs

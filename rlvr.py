@@ -80,15 +80,16 @@ def grpo(run, stage: str, model: GPT, data, box: Sandbox, evaluate):
     """GRPO on data.rl_problems; evaluate(model) -> float gives the curve on held-out problems. Trains `model` in place."""
     s = run.s
     optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
-    reference = copy.deepcopy(model).requires_grad_(False) if s.kl else None
+    reference = copy.deepcopy(run.actor(model)).requires_grad_(False) if s.kl else None
     for step in run.steps(stage, model, optimizer, s.rl_steps, s.rl_lr, warmup=5):
+        actor = run.actor(model)
         if step % 5 == 0:
-            run.log(phase=stage, step=step, greedy=evaluate(model))
+            run.log(phase=stage, step=step, greedy=evaluate(actor))
         picked = np.random.default_rng(run.draw("rlvr", step)).choice(len(data.rl_problems), s.rl_problems, replace=False).tolist()
         tries = [(i, k) for i in run.mine(picked) for k in range(s.rl_group)]
         problems = [data.rl_problems[i] for i, _ in tries]
         with run.autocast():
-            samples, passed = attempt(model, data.enc, problems, [run.draw("rlvr", step, i, k) for i, k in tries], box,
+            samples, passed = attempt(actor, data.enc, problems, [run.draw("rlvr", step, i, k) for i, k in tries], box,
                                       max_new_tokens=s.max_new_tokens, batch_size=s.sample_batch)
         rewards = torch.tensor(passed, dtype=torch.float32).view(-1, s.rl_group)                        # (P, G)
         signal = has_signal(rewards)                                                                    # (P,)
@@ -113,4 +114,4 @@ def grpo(run, stage: str, model: GPT, data, box: Sandbox, evaluate):
             sum(passed), len(passed), int(signal.sum()), len(signal), sum(not x.stopped for x in samples), sum(len(x.tokens) for x in samples))
         run.log(phase=stage, step=step, reward=right / n, signal=live / groups, truncated=cut / n, length=length / n, grad_norm=norm,
                 show=f"reward {right / n:.0%} groups with signal {live / groups:.0%}")
-    run.log(phase=stage, step=s.rl_steps, greedy=evaluate(model))
+    run.log(phase=stage, step=s.rl_steps, greedy=evaluate(run.actor(model)))

@@ -108,6 +108,7 @@ class Settings:
     sample_batch: int = option(256, "sequences that are sampled at a time, likewise")
     context: int = option(2 ** 20, "longest sequence in tokens, where the model itself allows more; written to the config.json of what is trained")
     checkpoint_blocks: bool = option(False, "keep only each block's input for the backward pass and compute the rest again: a third more time, much less memory")
+    shard: bool = option(False, "weights, gradients and moments cut over the GPUs (torch's fully_shard); each keeps a bfloat16 replica to sample from")
     offload: bool = option(False, "weights and gradients in bfloat16; float32 copies and Adam's moments in main memory, 16 bytes per weight there")
     save_every: int = option(25, "updates between checkpoints")
 
@@ -133,6 +134,9 @@ class Settings:
         need(0 < self.gamma <= 1, "gamma", "a discount lies in (0, 1]")
         need(self.rationales in estep.MODES, "rationales", f"expected one of {', '.join(estep.MODES)}")
         need(not self.resume or bool(self.name), "resume", "say which run, with --name")
+        need(not (self.shard and self.offload), "shard", "cannot be had together with --offload")
+        need(not self.shard or self.memory or int(os.environ.get("WORLD_SIZE", 1)) > 1, "shard",
+             "needs several processes; start with torchrun --standalone --nproc-per-node=8")
 
 
 # Recipes: what differs from the defaults above. That they fit their cards is predicted (`--preset NAME --memory`, a test holds them to it); what they
@@ -169,7 +173,7 @@ PRESETS: dict[str, dict] = {
     "qwen2.5-1.5b-24gb": dict(BILLION, model="Qwen/Qwen2.5-1.5B") | SMALL_CARD,
     "llama-3.2-1b-24gb": dict(BILLION, model="meta-llama/Llama-3.2-1B") | SMALL_CARD,
     # Eight GPUs of 80 GB.
-    "llama-3.1-8b": dict(BILLION, model="meta-llama/Llama-3.1-8B", micro_batch=4, sample_batch=32),
+    "llama-3.1-8b": dict(BILLION, model="meta-llama/Llama-3.1-8B", shard=True, micro_batch=4, sample_batch=32),
 }
 
 
@@ -185,7 +189,7 @@ def predict(s: Settings, cfg: GPTConfig, shards: int = 1) -> dict[str, dict[str,
 def print_memory(s: Settings):
     cfg = SHAPES.get(s.model) or read_config(find_model(s.model, "config.json"))
     worst = 0.0
-    for phase, terms in predict(s, cfg, int(os.environ.get("WORLD_SIZE", 1)) if False else 1).items():
+    for phase, terms in predict(s, cfg, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1).items():
         worst = max(worst, terms["total"])
         print(f"{phase:9}{terms['total'] / 1e9:6.1f} GB = " + " + ".join(f"{v / 1e9:.1f} {k}" for k, v in terms.items() if k != "total"))
     print(f"at most {worst / 1e9:.1f} GB per GPU: " + ", ".join(f"{'fits' if worst <= ROOM * card else 'does not fit'} {card} GB" for card in (80, 24)))
@@ -217,6 +221,7 @@ class Run:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.resident: GPT | None = None             # see `use`
+        self.replica: GPT | None = None              # see `shard`
         self.compute = 0                             # tokens this rank put through a model, a training token counting three times
         self.records: list[dict] = []
         self.path = folder / "metrics.jsonl"
@@ -224,7 +229,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         marks = [json.loads(f.read_text())["log_bytes"] for f in [folder / "progress.json"] if f.exists()]
         if (folder / "state.pt").exists():
-            marks.append(torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["log_bytes"])
+            marks.append(torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)["log_bytes"])
         if marks:                                    # what was logged after the last checkpoint will be logged again
             size = max(marks)
             self.records = [json.loads(line) for line in self.path.read_bytes()[:size].splitlines()]
@@ -299,10 +304,14 @@ class Run:
         folder = self.dir / name
         if not any(r.get("key") == f"cost/{name}" for r in self.records):
             self.use(None)                           # make room
-            model = self.meter(copy.deepcopy(start).to(self.device))
+            there = {id(p): torch.nn.Parameter(p.detach().to(self.device, copy=True)) for p in start.parameters()}
+            model = self.meter(copy.deepcopy(start, there))          # its weights go straight to the device
+            if self.s.shard:
+                self.shard(model)
             began, before = time.time(), self.compute
             work(model)
             # A crash between any two of these lines only repeats the end of the stage: the committed record is what says it is done.
+            model = self.whole(model)
             if self.rank == 0:
                 model.save_pretrained(folder)
             self.log(key=f"cost/{name}", seconds=round(time.time() - began, 1), compute=int(self.sum(self.compute - before)[0]))
@@ -310,7 +319,7 @@ class Run:
             if self.rank == 0:
                 (self.dir / "state.pt").unlink(missing_ok=True)
             self.barrier()
-        model = GPT.from_pretrained(folder, dtype=start.embed_tokens.weight.dtype)
+        model = GPT.from_pretrained(folder, dtype=torch.bfloat16 if self.s.offload else torch.float32)
         model.n_vocab, model.grad_checkpoint = start.n_vocab, start.grad_checkpoint
         return model
 
@@ -321,10 +330,9 @@ class Run:
         """
         path, first = self.dir / "state.pt", 0
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if state["stage"] == stage:
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
+                self.load_state(model, optimizer, state)
                 first = state["step"]
                 self.compute += state["compute"] / self.ranks
         before = self.compute - (state["compute"] / self.ranks if first else 0)
@@ -336,14 +344,87 @@ class Run:
             if self.records and "show" in self.records[-1]:
                 bar.set_postfix_str(self.records[-1]["show"], refresh=False)
             if (step + 1) % self.s.save_every == 0 and step + 1 < n:
-                state = dict(stage=stage, step=step + 1, compute=self.sum(self.compute - before)[0], model=model.state_dict(),
-                             optimizer=optimizer.state_dict())
+                state = dict(stage=stage, step=step + 1, compute=self.sum(self.compute - before)[0], **self.state(model, optimizer))
                 if self.rank == 0:
                     torch.save(state | {"log_bytes": self.path.stat().st_size}, buffer := io.BytesIO())
                     write_whole(path, lambda tmp: tmp.write_bytes(buffer.getvalue()))     # torch's own writer hides the OSError
                 self.barrier()
 
     # one optimizer step ----------------------------------------------------------------------------------------------
+
+    # one model over many GPUs ----------------------------------------------------------------------------------------
+    #
+    # Each rank holds a part of every weight, with its gradient and moments; a block's are gathered when it computes. So all ranks must
+    # compute in step, which rollouts, with their loops of any length, cannot. They have a replica, refreshed when it is asked for.
+
+    def shard(self, model: GPT):
+        """Cut the model over the ranks, in place: float32 parts, products in bfloat16 on a GPU, gradients summed in float32."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        cuda = self.device.type == "cuda"
+        self.replica = copy.deepcopy(model).to(torch.bfloat16 if cuda else torch.float32).requires_grad_(False)
+        # Inputs are not to be cast: the rotary angles would lose the position.
+        policy = MixedPrecisionPolicy(torch.bfloat16 if cuda else None, torch.float32, cast_forward_inputs=False)
+        how = dict(mesh=init_device_mesh(self.device.type, (self.ranks,)), mp_policy=policy)
+        model.float()
+        for block in model.layers:
+            fully_shard(block, **how)
+        fully_shard(model, reshard_after_forward=False, **how)       # the embeddings stay: the E-step needs the logits' matrix once more
+
+    @torch.no_grad()
+    def actor(self, model: GPT) -> GPT:
+        """The model to sample from and to evaluate: itself or, of one that is sharded, the replica with its present weights. All ranks must call."""
+        if not self.s.shard:
+            return model
+        for mine, part in zip(self.replica.parameters(), model.parameters(), strict=True):
+            mine.copy_(part.full_tensor())
+        return self.replica
+
+    def whole(self, model: GPT) -> GPT:
+        """The model on one rank: itself or, of one that is sharded, a float32 copy in main memory (on rank 0). All ranks must call."""
+        if not self.s.shard:
+            return model
+        weights = {}
+        for name, part in model.state_dict().items():
+            full = part.full_tensor()                # one at a time on the GPU
+            if self.rank == 0:
+                weights[name] = full.cpu()
+        self.replica = None
+        with torch.device("meta"):
+            copied = GPT(model.config)
+        if self.rank == 0:
+            copied.load_state_dict(weights, assign=True)
+        return copied
+
+    def state(self, model: GPT, optimizer) -> dict:
+        """What a checkpoint holds of both, whole also where they are sharded (on rank 0). All ranks must call."""
+        if not self.s.shard:
+            return dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))))
+
+    def load_state(self, model: GPT, optimizer, state: dict):
+        if not self.s.shard:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        else:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                           options=StateDictOptions(full_state_dict=True))
+
+    def in_step(self, model: GPT, losses):
+        """The losses and then, until the last rank is through, zeros that send one token through the model and so keep the others company."""
+        losses = iter(losses)
+        while True:
+            loss = next(losses, None)                # a forward pass, in which all ranks take part
+            left = loss is not None
+            if not left:
+                loss = 0.0 * model(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).sum()
+            yield loss                               # a backward pass, likewise
+            if not self.sum(left)[0]:
+                return
+
+    # sampling, and one optimizer step --------------------------------------------------------------------------------
 
     def use(self, model: GPT | None) -> GPT | None:
         """`model` on the device, to sample from. What was there for that before returns to main memory, where all models rest but the one in training."""
@@ -369,15 +450,19 @@ class Run:
         count = self.sum(count)[0]
         if not count:
             return 0.0                               # no rank has a signal: an optimizer would still move by its momentum
+        if self.s.shard:                             # it averages the gradients of the ranks; what counts is their sum
+            losses, count = self.in_step(model, losses), count / self.ranks
         for loss in losses:
             (loss / count).backward()
         params = list(model.parameters())
-        if self.ranks > 1:
+        if self.ranks > 1 and not self.s.shard:
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
             dist.all_reduce(flat)
             for p, g in zip(params, flat.split([p.numel() for p in params])):
                 p.grad = g.view_as(p)
         norm = torch.nn.utils.clip_grad_norm_(params, clip)
+        if self.s.shard:
+            norm = norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)        # sampling comes next, and needs the room
         return norm.item()
@@ -774,7 +859,8 @@ def main(s: Settings):
     first = ranks == 1 or dist.get_rank() == 0
     if s.model == "base" and not Path("base").exists():
         s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
-    base, enc = load_pretrained(s.model, dtype=torch.bfloat16 if s.offload else torch.float32)
+    half = s.offload or (s.shard and torch.cuda.is_available())       # real bases are stored so: nothing is lost, and main memory is saved
+    base, enc = load_pretrained(s.model, dtype=torch.bfloat16 if half else torch.float32)
     base.grad_checkpoint, base.config.context = s.checkpoint_blocks, min(s.context, base.config.context)
     data = load_data(s, base, enc)                   # before anything is written: bad data leaves nothing behind
     data.openers = data.openers.to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")

@@ -1,11 +1,16 @@
 """What large models need: presets, recomputed blocks, the prediction of memory, sharding."""
 import copy
 import gc
+import json
+import os
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,8 +37,9 @@ def test_flags_win_over_a_preset_and_a_preset_over_the_defaults():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_can_work(preset):
+def test_every_preset_can_work(preset, monkeypatch):
     s = parse_flags(["--preset", preset])
+    monkeypatch.setenv("WORLD_SIZE", "8")
     s.check()                                                         # names that are no setting would have raised before
     # A row that is packed holds every program, and sampling leaves a prompt more than half of the context.
     assert preset == "world" or s.row_tokens == s.context >= 2 * s.max_new_tokens
@@ -257,3 +263,81 @@ def test_the_prediction_is_printed_without_the_model(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["sampling", "estep", "mstep", "rlvr"]
     assert "fits 80 GB, does not fit 24 GB" in lines[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------- sharding
+
+STORY = """
+import json, os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import estep, mstep, rlvr, train
+from model import load_pretrained
+from sandbox import Sandbox
+
+folder, flags = Path(sys.argv[1]), sys.argv[2:]
+torch.set_num_threads(1)
+if "--shard" in flags:
+    dist.init_process_group("gloo")
+s = train.parse_flags(flags)
+base, enc = load_pretrained(s.model)
+base.grad_checkpoint = s.checkpoint_blocks
+data = train.load_data(s, base, enc)
+
+def story(where, cut=None):
+    run = train.Run(s, folder / where, 0)
+    log = run.log
+    def interrupted(**record):
+        if record.get("step") == cut:
+            raise KeyboardInterrupt
+        log(**record)
+    if cut is not None:
+        run.log = interrupted
+    q = run.stage("estep", base, lambda m: estep.e_step(run, m, data))
+    m = run.stage("ra3", q, lambda m: mstep.m_step(run, "ra3", m, data, [p.trace() for p in data.experts], data.heldout_traces, s.m_steps))
+    with Sandbox(workers=1) as box:
+        run.stage("rlvr", base, lambda m: rlvr.grpo(run, "rlvr", m, data, box, lambda m: 0.0))
+
+data.heldout_traces = [p.trace() for p in data.heldout]
+story("whole")
+if "--shard" in flags:
+    try:
+        story("cut", cut=3)
+    except KeyboardInterrupt:
+        assert (folder / "cut/state.pt").exists()
+    story("cut")
+    dist.destroy_process_group()
+"""
+TINY = ("--experts 16 --eval-problems 2 --e-steps 4 --e-programs 3 --e-rollouts 2 --m-steps 3 --m-programs 6 --rl-steps 2 --rl-problems 3 --rl-group 4 "
+        "--rl-pool 8 --max-new-tokens 80 --save-every 2 --micro-batch 2 --checkpoint-blocks").split() + ["--model", str(ROOT / "base")]
+
+
+def test_two_sharded_ranks_train_as_one_process_does(tmp_path):
+    """Three programs on two ranks: micro-batches of unequal number. And interrupted at the E-step's last update, they go on to the same bits."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    (tmp_path / "story.py").write_text(STORY)
+    for start, folder, flags in (([sys.executable], "one", []),
+                                 ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "two", ["--shard"])):
+        done = subprocess.run([*start, str(tmp_path / "story.py"), str(tmp_path / folder), *TINY, *flags], cwd=tmp_path, capture_output=True, text=True,
+                              env=environment, timeout=250)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two, cut = (tmp_path / folder for folder in ("one/whole", "two/whole", "two/cut"))
+    a, b, c = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines() if "phase" in line] for f in (one, two, cut))
+    assert len(a) == len(b) and b == c
+    for x, y in zip(a, b):
+        for k in set(x) - {"show", "phase"}:
+            assert y[k] == pytest.approx(x[k], rel=2e-3, abs=2e-3), (x, y)
+    begin = load_file(ROOT / "base/model.safetensors")
+    for stage in ("estep", "ra3", "rlvr"):
+        u, v, w = (load_file(f / stage / "model.safetensors") for f in (one, two, cut))
+        apart = sum((u[k] - v[k]).square().sum() for k in u) ** 0.5
+        moved = sum((u[k] - begin[k]).square().sum() for k in u) ** 0.5
+        assert 0 < moved and apart < 0.1 * moved, stage
+        assert all(torch.equal(v[k], w[k]) for k in u), stage
+
+
+def test_sharding_needs_several_processes():
+    for flags, said in ((["--shard"], "needs several processes"), (["--shard", "--offload"], "cannot be had together")):
+        with pytest.raises(ValueError, match=said):
+            parse_flags(flags).check()
