@@ -188,11 +188,11 @@ def predict(s: Settings, cfg: GPTConfig, shards: int = 1) -> dict[str, dict[str,
 
 def print_memory(s: Settings):
     cfg = SHAPES.get(s.model) or read_config(find_model(s.model, "config.json"))
-    worst = 0.0
-    for phase, terms in predict(s, cfg, int(os.environ.get("WORLD_SIZE", 1)) if s.shard else 1).items():
+    worst, gpus = 0.0, int(os.environ.get("WORLD_SIZE", 8)) if s.shard else 1
+    for phase, terms in predict(s, cfg, gpus).items():
         worst = max(worst, terms["total"])
         print(f"{phase:9}{terms['total'] / 1e9:6.1f} GB = " + " + ".join(f"{v / 1e9:.1f} {k}" for k, v in terms.items() if k != "total"))
-    print(f"at most {worst / 1e9:.1f} GB per GPU: " + ", ".join(f"{'fits' if worst <= ROOM * card else 'does not fit'} {card} GB" for card in (80, 24)))
+    print(f"at most {worst / 1e9:.1f} GB on {f'each of {gpus} GPUs' if s.shard else 'a GPU'}: " + ", ".join(f"{'fits' if worst <= ROOM * card else 'does not fit'} {card} GB" for card in (80, 24)))
 
 
 def parse_flags(argv: list[str] | None = None) -> Settings:
