@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import elbo
-from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Batch, Program, Trace, chunks
+from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, Trace, chunks
 from model import GPT, KVCache, pad, pick
 
 MODES = ("learned", "always", "first", "never")     # who decides where to think: q; everywhere; before line 0 only; nowhere
@@ -49,8 +49,8 @@ class _Rollout:
     def tail(self) -> list[int]:
         return [token for line in self.program.lines[self.t:] for token in line]
 
-    def decide(self, p_open: list[float], mode: str) -> bool:
-        """Take lines as they come until a gate opens; p_open: q(think) at each remaining line. True if one did."""
+    def decide(self, p_open: list[float], mode: str, explore: float) -> int:
+        """Take lines as they come until a gate opens; p_open: q(think) at each remaining line. FREE or FORCED if one did, else NO_GATE."""
         start = self.t
         while self.t < len(self.program.lines):
             gate = FORCED if self.forced or mode == "never" or (mode == "first" and self.t) else FREE
@@ -59,13 +59,15 @@ class _Rollout:
                 p, gate = (0.0 if self.closed else 1.0), FORCED
             if self.forced or (gate == FORCED and p < 1.0):
                 p = 0.0
+            elif explore and gate == FREE and not self.closed and self.rng.random() < explore:
+                p, gate = 1.0, FORCED
             if p > 0.0 and self.rng.random() < p:
-                return True
+                return gate
             self.trace.add(self.program.lines[self.t], ACTION, self.t, gate)
             self.t, self.closed, self.forced, self.spent = self.t + 1, False, False, 0
-        return False
+        return NO_GATE
 
-    def write(self, token: int, gate: int = elbo.NO_GATE):
+    def write(self, token: int, gate: int = NO_GATE):
         self.latent.append(token)
         self.trace.add([token], LATENT, self.t, gate)
 
@@ -94,12 +96,13 @@ class _Rollout:
 
 @torch.no_grad()
 def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: list, openers: Tensor, *, max_rationale: int,
-            mode: str = "learned") -> list[Trace]:
+            mode: str = "learned", explore: float = 0.0) -> list[Trace]:
     """Infuse each program with latents drawn from q at temperature 1: one Trace per program (repeat a program for more).
 
     seeds: one per program, anything `np.random.default_rng` takes; a row's draws depend on nothing but its seed and its program.
-    mode: one of MODES. Programs must leave room for their rationales in the model's context; where they do not, the
-    remaining lines follow without latents.
+    mode: one of MODES. explore: probability that a gate is forced open, for a model that hardly ever thinks by itself; the rationale is
+    q's own all the same, and the forced gate carries no gradient. Programs must leave room for their rationales in the model's context;
+    where they do not, the remaining lines follow without latents.
     """
     cfg, dev = model.config, model.device
     rows = [_Rollout(p, s) for p, s in zip(programs, seeds, strict=True)]
@@ -109,42 +112,40 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     # Room for a rationale: its tokens, and a closing that had to be forced.
     rationale = max_rationale + 1 + max(len(enc.encode_ordinary(c)) for c in {c for p in programs for c in p.closings})
     size = min(cfg.context, max(len(p) + (1 if mode == "first" else len(p.lines)) * rationale for p in programs))
-    cache = KVCache(cfg, len(rows), size, dev, next(model.parameters()).dtype)
+    distinct = {p: n for n, p in enumerate(dict.fromkeys(map(id, programs)))}
+    slots = [distinct[id(p)] for p in programs]                 # a row's place in the cache: versions of a program begin alike, and share it
+    cache = KVCache(cfg, len(distinct), size, dev, next(model.parameters()).dtype)
     openers = openers.to(dev)
     while rows:
         # Score what each row has not seen yet, and all of its remaining lines behind it. Shorter rows begin earlier, with tokens
         # that are cached already (and get the same values again), so that no row is padded past its own end.
-        texts = [r.trace.tokens + r.tail() for r in rows]
+        scored = [r for _, r in sorted(dict(zip(slots, rows)).items())]                                 # one row of each slot
+        texts = [r.trace.tokens + r.tail() for r in scored]
         width = max(len(text) - seen for text, seen in zip(texts, cache.length.tolist()))
         starts = [max(len(text) - width, 0) for text in texts]
         cache.length = torch.tensor(starts, device=dev)
-        logits = model(pad([text[i:] for text, i in zip(texts, starts)], cfg.eos_id, dev), cache=cache)   # (B, T, V)
-        # The gate of a line is decided by the logits of the token before it.
-        where, counts = [], []
-        for b, r in enumerate(rows):
-            i, n = len(r.trace.tokens) - 1 - starts[b], 0
-            for line in r.program.lines[r.t:]:
-                where.append((b, i))
-                i, n = i + len(line), n + 1
-            counts.append(n)
-        at = torch.tensor(where, device=dev)                                                            # (N, 2)
-        p = logits[at[:, 0], at[:, 1]].double().softmax(-1)                                             # (N, V)
+        text = pad([text[i:] for text, i in zip(texts, starts)], cfg.eos_id, dev)                       # (B, T)
+        at, counts = torch.zeros_like(text, dtype=torch.bool), [len(r.program.lines) - r.t for r in scored]
+        for b, r in enumerate(scored):                          # the gate of a line is decided by the logits of the token before it
+            ends = np.cumsum([len(r.trace.tokens) - 1 - starts[b], *map(len, r.program.lines[r.t:-1])])
+            at[b, torch.from_numpy(ends)] = True
+        p = model(text, cache=cache, at=at).double().softmax(-1)                                        # (N, V), N gates
         p_open = (p * openers).sum(-1).split(counts)
-        firsts = np.cumsum([0] + counts)                        # where each row's lines begin in p
+        firsts = np.cumsum([0] + counts)                        # where each slot's lines begin in p
         thinking = []
-        for b, (r, q) in enumerate(zip(rows, p_open)):
+        for b, r in zip(slots, rows):
             start = r.t
-            if r.decide(q.tolist(), mode if len(texts[b]) - r.spent + rationale <= size else "never"):
-                thinking.append((b, int(firsts[b]) + r.t - start))
+            if gate := r.decide(p_open[b].tolist(), mode if len(texts[b]) - r.spent + rationale <= size else "never", explore):
+                thinking.append((r, b, int(firsts[b]) + r.t - start, gate))
         if not thinking:
             break
-        keep = torch.tensor([b for b, _ in thinking], device=dev)
-        rows, cache = [rows[b] for b, _ in thinking], cache.select(keep)
+        rows, cache = [r for r, *_ in thinking], cache.select(torch.tensor([b for _, b, *_ in thinking], device=dev))
+        slots = list(range(len(rows)))
         # Which opener: q restricted to them. (`decide` has drawn that it is one.)
-        among = p[[n for _, n in thinking]] * openers                                                   # (B, V)
+        among = p[[n for *_, n, _ in thinking]] * openers                                                   # (B, V)
         last = _draw(among.log(), rows)
-        for r, token in zip(rows, last):
-            r.write(token, FORCED if mode in ("always", "first") else FREE)
+        for r, token, (*_, gate) in zip(rows, last, thinking):
+            r.write(token, gate)
         cache.length = torch.tensor([len(r.trace.tokens) - 1 for r in rows], device=dev)
         live = [not r.check(enc, max_rationale) for r in rows]
         while any(live):
@@ -222,9 +223,9 @@ def anchor_loss(logits: Tensor, pi_logits: Tensor, batch: Batch, openers: Tensor
     q and pi are one network, so moving q drags the action likelihoods along, and what drifts too far is lost to the M-step.
     The expert's tokens play no part here: it is pi's distribution that is held, and the gates and rationales are left free.
     """
-    at = batch.kind[:, 1:] == elbo.ACTION
-    never = (batch.gate[:, 1:] != elbo.NO_GATE)[at][:, None] & openers                                  # (N, V): after act, no opener
-    p, q = (x[at].float().masked_fill(never, -1e9).log_softmax(-1) for x in (pi_logits, logits))        # (N, V)
+    act, gate = (x[:, 1:][batch.scored] for x in (batch.kind == ACTION, batch.gate != NO_GATE))         # (N,) each
+    never = gate[act][:, None] & openers                                                                # (A, V): after act, no opener
+    p, q = (x[act].float().masked_fill(never, -1e9).log_softmax(-1) for x in (pi_logits, logits))       # (A, V)
     return (p.exp() * (p - q)).sum()
 
 
@@ -244,7 +245,7 @@ def e_step(run, model: GPT, data):
         versions = [(i, k) for i in run.mine(picked) for k in range(s.e_rollouts)]
         with run.autocast():
             traces = rollout(model, data.enc, [data.experts[i] for i, _ in versions], [run.draw("estep", step, i, k) for i, k in versions],
-                             data.openers, max_rationale=s.max_rationale, mode=s.rationales)
+                             data.openers, max_rationale=s.max_rationale, mode=s.rationales, explore=s.explore)
         stats = np.zeros(6)
 
         def micro_batches():
@@ -253,7 +254,7 @@ def e_step(run, model: GPT, data):
                 batch = elbo.collate(part, run.device)
                 L = int(batch.line.max()) + 1
                 with run.autocast():
-                    logits = elbo.logits_of(model, batch)                                               # (B, T-1, V)
+                    logits = elbo.logits_of(model, batch)                                               # (N, V)
                     with torch.no_grad():
                         pi_logits = elbo.logits_of(pi, batch)
                 gate, token = elbo.score(logits, batch, data.openers)                                   # (B, T-1) each
@@ -275,11 +276,63 @@ def e_step(run, model: GPT, data):
                 show=f"reward {reward / lines:+.3f} think {thinks / lines:.0%}")
 
 
-def infuse(run, q: GPT, data, programs: list[Program], what: str, mode: str) -> list[Trace]:
+def infuse(run, q: GPT, data, programs: list[Program], what: str, mode: str, explore: float = 0.0) -> list[Trace]:
     """Programs with rationales drawn from q, format kept: the M-step's data. Ranks share the work; each gets all of it."""
     out = []
     for part in chunks(run.mine(list(enumerate(programs))), 4 * run.s.micro_batch):
         with run.autocast():
             out += rollout(q, data.enc, [p for _, p in part], [run.draw("infuse " + what, i) for i, _ in part], data.openers,
-                           max_rationale=run.s.max_rationale, mode=mode)
+                           max_rationale=run.s.max_rationale, mode=mode, explore=explore)
     return run.gather([without_broken(t) for t in out])
+
+
+# ------------------------------------------------------------------------------------------------ do the rationales help?
+
+
+def shuffled(enc: tiktoken.Encoding, programs: list[Program], infused: list[Trace], seed) -> list[Trace]:
+    """The same programs, thinking before the same lines, but each rationale is one of another program: the control.
+
+    What is left of the gain there is owed to the form of a comment, not to what it says. A program keeps its own rationales if no other
+    program has any.
+    """
+    said = []                                       # (program, its rationale's text without the newline)
+    for i, trace in enumerate(infused):
+        for t, z in enumerate(trace.thinks()):
+            latent = [x for x, kind, line in zip(trace.tokens, trace.kind, trace.line) if line == t and kind == LATENT]
+            said += [(i, enc.decode(latent).partition("\n")[0].strip())] if z else []
+    rng, out = np.random.default_rng(seed), []
+    for i, (program, trace) in enumerate(zip(programs, infused, strict=True)):
+        others = [text for j, text in said if j != i] or [text for _, text in said]
+        out.append(Trace())
+        out[-1].add(program.prompt, PROMPT)
+        for t, z in enumerate(trace.thinks()):
+            if z:
+                out[-1].add(elbo.rationale(enc, program, t, others[rng.integers(len(others))]), LATENT, t, FORCED)
+            out[-1].add(program.lines[t], ACTION, t, FREE)
+    return out
+
+
+@torch.no_grad()
+def rationale_gain(run, pi: GPT, data, programs: list[Program], infused: list[Trace]) -> dict:
+    """What rationales are worth to pi at the lines before which they stand: nats per line without them, with them, and with those of
+    another program (`shuffled`); `gain` and `gain_shuffled` are the means of the differences from without, each with its standard error.
+    """
+    variants = [[p.trace() for p in programs], infused, shuffled(data.enc, programs, infused, run.draw("shuffled"))]
+    rows = []                                       # (without, with, shuffled) of every line that has a rationale
+    for part in chunks(run.mine(list(zip(*variants))), run.s.micro_batch):
+        think, _ = decisions([own for _, own, _ in part], max(max(own.line) for _, own, _ in part) + 1)     # (B, L)
+        columns = []
+        for traces in zip(*part):
+            batch = elbo.collate(list(traces), run.device)
+            with run.autocast():
+                _, token = elbo.score(elbo.logits_of(pi, batch), batch, data.openers)
+            columns.append(-elbo.by_line(elbo.log_pi(token, batch), batch, think.shape[1]).cpu()[think])    # (N,)
+        rows += torch.stack(columns, 1).tolist()
+    rows = np.array([r for part in run.gather_lists(rows) for r in part]).reshape(-1, 3)
+    if not len(rows):
+        return dict(lines=0)
+    out = dict(lines=len(rows), **dict(zip(("without", "with", "shuffled"), rows.mean(0).tolist())))
+    for name, column in (("gain", 1), ("gain_shuffled", 2)):
+        d = rows[:, 0] - rows[:, column]
+        out |= {name: d.mean(), f"{name}_se": d.std() / len(d) ** 0.5}
+    return out

@@ -157,13 +157,13 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None, head: bool = True) -> Tensor:
+    def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Logits of the token after each token: tokens (B, T) int64 -> (B, T, V), V = n_vocab.
 
         Rows are padded on the right; causality keeps the padding out of every real position.
         cache: tokens continue each row at its own `cache.length`; the caller then advances `length` by the tokens it keeps.
         doc:   (B, T) document numbers of a packed batch: a token sees its own document only.
-        head:  False returns the last hidden states (B, T, D) instead; filling a cache needs no logits, which for 150k tokens weigh most.
+        at:    (B, T) bool: only the logits that follow these tokens, (N, V); with 150k tokens they weigh more than all the rest.
         Raises ValueError if a position lies beyond the configured context.
         """
         (_, T), dev = tokens.shape, tokens.device
@@ -192,7 +192,9 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope, mask, store)
         x = self.norm(x)                                                                              # (B, T, D)
-        return F.linear(x, (self.lm_head or self.embed_tokens).weight[:self.n_vocab]) if head else x  # (B, T, V)
+        if at is not None:
+            x = x[at]                                                                                 # (N, D)
+        return F.linear(x, (self.lm_head or self.embed_tokens).weight[:self.n_vocab])                 # (B, T, V) or (N, V)
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype: torch.dtype = torch.float32) -> "GPT":
@@ -278,7 +280,7 @@ class KVCache:
         self.k[:, rows, :size], self.v[:, rows, :size], self.length[rows] = other.k, other.v, other.length
 
 
-def pad(rows: list[list[int]], value: int, device=None) -> Tensor:
+def pad(rows: list, value: int, device=None) -> Tensor:
     """Right-pad lists to a (B, T) int64 tensor."""
     width = max(map(len, rows))
     return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.int64, device=device)
@@ -335,13 +337,15 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
 
     def prefill(ids):
         """Run the prompts of `ids` (all tokens but the last, which the decoding loop feeds) into a cache of their own."""
-        body = [prompts[i][:-1] for i in ids]
+        body = [tuple(prompts[i][:-1]) for i in ids]
+        unique = {b: n for n, b in enumerate(dict.fromkeys(body))}              # the samples of a group share their prompt
         width = max(map(len, body))
-        fresh = KVCache(cfg, len(ids), width, dev, dtype)
+        fresh = KVCache(cfg, len(unique), width, dev, dtype)
         if width:
-            model(pad(body, cfg.eos_id, dev), cache=fresh, head=False)
-        fresh.length = torch.tensor([len(b) for b in body], device=dev)
-        return fresh
+            text = pad(list(unique), cfg.eos_id, dev)                                                 # (B, T)
+            model(text, cache=fresh, at=torch.zeros_like(text, dtype=torch.bool))                     # a cache needs no logits
+        fresh.length = torch.tensor([len(b) for b in unique], device=dev)
+        return fresh.select(torch.tensor([unique[b] for b in body], device=dev))
 
     rows = [waiting.pop() for _ in range(min(batch_size, len(waiting)))]        # the prompt in each slot
     cache = KVCache(cfg, len(rows), size, dev, dtype)

@@ -66,15 +66,12 @@ def packed_batch(traces: list[Trace], rows: list[list[int]], device=None) -> Bat
     return batch
 
 
-def counted(batch: Batch) -> Tensor:
-    """(B, T - 1) bool: the targets that the loss counts: rationales and actions. Documents begin with a prompt, so none is counted across them."""
-    return batch.kind[:, 1:] != PROMPT
-
-
 def loss(model, batch: Batch) -> Tensor:
-    """Summed cross-entropy, in nats, of rationale and action tokens; divide by `counted` of all ranks and micro-batches."""
-    keep = counted(batch)
-    return F.cross_entropy(elbo.logits_of(model, batch)[keep].float(), batch.tokens[:, 1:][keep], reduction="sum")
+    """Summed cross-entropy, in nats, of rationale and action tokens; divide by their number over all ranks and micro-batches.
+
+    Documents begin with a prompt, so no token is predicted from the document before.
+    """
+    return F.cross_entropy(elbo.logits_of(model, batch).float(), batch.tokens[:, 1:][batch.scored], reduction="sum")
 
 
 @torch.no_grad()
@@ -125,7 +122,7 @@ def m_step(run, stage: str, model: GPT, data, traces: list[Trace], heldout: list
                     total = loss(model, b)
                 yield total
 
-        run.update(model, optimizer, losses(), sum(int(counted(b).sum()) for b in batches))
+        run.update(model, optimizer, losses(), sum(int(b.scored.sum()) for b in batches))
     probe(n)
 
 
@@ -143,7 +140,7 @@ class Corpus:
 
         for program in Corpus("codeparrot/codeparrot-clean-valid", "content", limit=2048, size=lambda s: len(enc.encode_ordinary(s))):
 
-    Comment lines are stripped, what is not Python 3 is dropped, and a program longer than `limit` (as `size` measures: characters, or
+    Comment lines are stripped (unless `comments`), what is not Python 3 is dropped, and a program longer than `limit` (as `size` measures: characters, or
     tokens as above) is cut between top-level statements. `dropped` counts what was left out. With `rank` of `ranks`, every ranks-th row
     is read. `position` says what has been handed out: save it, and a Corpus made with it reads on from there. Raises ValueError for a name,
     file, row or column that is not there, and if nothing in the whole corpus is Python.
@@ -156,6 +153,7 @@ class Corpus:
     subset: str | None = None
     rank: int = 0
     ranks: int = 1
+    comments: bool = False                                                # keep comment lines, for a warm start
     position: tuple[int, int] = (0, 0)                                    # rows read, documents of the next row handed out
     dropped: Counter = field(default_factory=Counter)
 
@@ -192,7 +190,7 @@ class Corpus:
     def documents(self, text) -> list[str]:
         """The program, cut into pieces of at most `limit`; none if it is not Python."""
         try:
-            text = strip_comments(plain(text))
+            text = plain(text) if self.comments else strip_comments(plain(text))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tree = ast.parse(text)                                    # the tokenizer alone takes English for Python
@@ -245,7 +243,7 @@ def pretrain(run, folder: str):
             for optimizer, lr in optimizers:         # warm-up, constant, then down to nothing over the last 40%
                 for group in optimizer.param_groups:
                     group["lr"] = lr * min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.4)
-            n, nats = int(counted(batch).sum()), loss(model, batch)
+            n, nats = int(batch.scored.sum()), loss(model, batch)
             run.update(model, Optimizers(o for o, _ in optimizers), [nats], n)
             total, tokens = run.sum(nats.item(), n)
             seen, step = seen + int(tokens), step + 1

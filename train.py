@@ -64,6 +64,10 @@ class Settings:
     # data
     data: str = option("world", "experts' programs: world; a benchmark with solutions (leetcode:train); or a corpus: a hub name, file or folder")
     column: str = option("text", "the corpus column that holds the programs")
+    warm_data: str = option("", "commented programs to warm a cold base up on, before everything else: a corpus, or stdlib, which every machine has")
+    warm_column: str = option("text", "the column of that corpus")
+    warm_steps: int = option(0, "updates of that warm start, --m-programs each; real bases hardly ever write a comment by themselves")
+    warm_density: float = option(0.1, "least share of lines with a comment of a program used for it")
     benchmark: str = option("world", "held-out problems: world, or a benchmark (humaneval, mbpp, leetcode:test ...)")
     rl_data: str = option("world", "RLVR's problems: world, or a benchmark (mbpp-docstring:train, leetcode:train ...)")
     data_dir: str = option("", "folder with the benchmarks as JSONL files; default: the hub")
@@ -85,6 +89,7 @@ class Settings:
     broken_cost: float = option(0.5, "nats that a malformed rationale costs, more than the best could win back by chance")
     horizon: int = option(6, "lines over which a rationale's effect is credited: a loop is 5 lines long")
     gamma: float = option(0.9, "discount per line in the return")
+    explore: float = option(0.0, "share of gates that rollouts force open; for a cold base, whose gate would open too seldom to learn from")
     max_rationale: int = option(40, "longest rationale in tokens; eight worked-out terms take 31")
     rationales: str = option("learned", "where to think: learned; always (no persistence); first (BRiTE); never")
     # M-step
@@ -111,9 +116,9 @@ class Settings:
             if not ok:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {what}")
         for f in dataclasses.fields(self):
-            if f.type is int and f.name not in ("seed", "threads", "rl_steps", "e_steps", "m_steps"):
+            if f.type is int and f.name not in ("seed", "threads", "rl_steps", "e_steps", "m_steps", "warm_steps"):
                 need(getattr(self, f.name) >= 1, f.name, "must be at least 1")
-            if f.name in ("rl_steps", "e_steps", "m_steps", "seed", "threads"):
+            if f.name in ("rl_steps", "e_steps", "m_steps", "warm_steps", "seed", "threads"):
                 need(getattr(self, f.name) >= 0, f.name, "must not be negative")
             if f.name.endswith("_lr"):
                 need(0 < getattr(self, f.name) < 1, f.name, "a learning rate lies between 0 and 1")
@@ -124,6 +129,8 @@ class Settings:
         for name in ("c", "beta", "floor", "broken_cost", "e_anchor", "kl", "clip_low", "clip_high"):
             need(getattr(self, name) >= 0, name, "a penalty or weight is not negative")
         need(0 < self.p_think < 1, "p_think", "a probability strictly between 0 and 1 is needed")
+        need(0 <= self.explore < 1, "explore", "a share below 1 is needed; to think everywhere, use --rationales always")
+        need(bool(self.warm_data) == (self.warm_steps > 0), "warm_steps", "--warm-data and --warm-steps go together")
         need(0 < self.gamma <= 1, "gamma", "a discount lies in (0, 1]")
         need(self.rationales in estep.MODES, "rationales", f"expected one of {', '.join(estep.MODES)}")
         need(not self.resume or bool(self.name), "resume", "say which run, with --name")
@@ -197,12 +204,16 @@ class Run:
         """This rank's share: every ranks-th item."""
         return items[self.rank::self.ranks]
 
+    def gather_lists(self, items: list) -> list[list]:
+        """Every rank's list."""
+        shares: list = [items] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(shares, items)
+        return shares
+
     def gather(self, items: list) -> list:
         """All ranks' shares, put back in order."""
-        if self.ranks == 1:
-            return items
-        shares: list = [None] * self.ranks
-        dist.all_gather_object(shares, items)
+        shares = self.gather_lists(items)
         return [shares[i % self.ranks][i // self.ranks] for i in range(sum(map(len, shares)))]
 
     # log and checkpoints ---------------------------------------------------------------------------------------------
@@ -316,6 +327,7 @@ class Data:
     enc: object
     openers: torch.Tensor
     experts: list[elbo.Program]
+    warm: list[elbo.Trace]                           # programs with their authors' comments
     heldout: list[elbo.Program]                      # the expert programs of the evaluation problems
     eval_problems: list[bench.Problem]
     rl_problems: list[bench.Problem]
@@ -365,8 +377,16 @@ def load_data(s: Settings, model: GPT, enc) -> Data:
         raise ValueError(f"{s.rl_data}: {len(rl)} problems, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
     if not any(p.solution for p in evaluation):
         raise ValueError(f"{s.benchmark} has no solutions, which the held-out cross-entropy needs; choose a benchmark that has")
-    heldout = programs(s.benchmark, solved(evaluation), 1)
-    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, heldout, evaluation, rl)
+    heldout, warm = programs(s.benchmark, solved(evaluation), 1), []
+    if s.warm_data:
+        corpus = mstep.Corpus(mstep.standard_library() if s.warm_data == "stdlib" else s.warm_data, s.warm_column, limit=s.row_tokens,
+                              size=lambda text: len(encode_prompt(enc, text)) + 2, comments=True)
+        dense = (t for t in (elbo.parse_commented(enc, text, eos, s.max_rationale) for text in corpus) if np.mean(t.thinks()) >= s.warm_density)
+        warm = list(itertools.islice(dense, s.warm_steps * s.m_programs))
+        if len(warm) < s.m_programs:
+            raise ValueError(f"--warm-data {s.warm_data}: {len(warm)} programs have comments at {s.warm_density:.0%} of their lines, "
+                             f"{s.m_programs} are needed; lower --warm-density, or raise --row-tokens")
+    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, warm, heldout, evaluation, rl)
 
 
 class Scorer:
@@ -421,7 +441,13 @@ def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
     """E-step, infusion, M-step: from the base to RA3."""
     s = run.s
     mode = "never" if math.isinf(s.c) else s.rationales                          # c = infinity: nothing is worth a rationale
-    q = base if mode == "never" else run.stage("estep", base, lambda m: estep.e_step(run, m, data))
+    if mode == "never":
+        q = base
+    else:
+        q = run.stage("estep", base, lambda m: estep.e_step(run, m, data))
+        for name, writer in (("start", base), ("estep", q)):                     # pi, the judge, is the start both times
+            run.once(f"gain/{name}", lambda: estep.rationale_gain(
+                run, base, data, data.heldout, estep.infuse(run, writer, data, data.heldout, "heldout", mode, s.explore)))
     run.meter(q)
     began, before = time.time(), run.compute
     train = estep.infuse(run, q, data, data.experts, "experts", mode)
@@ -432,9 +458,13 @@ def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
 
 
 def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
-    """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three."""
+    """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three. A warm start, if any, makes the base of all."""
     s, scorer = run.s, Scorer(run, data, box)
     plain, plain_heldout = ([p.trace() for p in programs] for programs in (data.experts, data.heldout))
+
+    if s.warm_steps:
+        run.once("eval/cold", lambda: scorer.full(base))
+        base = run.stage("warm", base, lambda m: mstep.m_step(run, "warm", m, data, data.warm, plain_heldout, s.warm_steps, scorer.greedy))
 
     def ntp(name: str, n: int) -> GPT:
         return run.stage(name, base, lambda m: mstep.m_step(run, name, m, data, plain, plain_heldout, n, scorer.greedy))
