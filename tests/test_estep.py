@@ -295,10 +295,10 @@ def test_the_shuffled_control_swaps_what_is_said_and_nothing_else(enc):
 def test_the_gain_of_a_rationale_is_that_of_the_likelihoods(enc, tmp_path):
     """Against the definition, one program at a time without padding."""
     model, openers, p = tiny(3), elbo.opener_mask(enc), program(enc)
-    drawn = estep.rollout(model, enc, [p] * 30, [[4, i] for i in range(30)], openers, max_rationale=MAX, explore=0.9)
+    drawn = estep.rollout(model, enc, [p] * 200, [[4, i] for i in range(200)], openers, max_rationale=MAX, explore=0.9)
     infused = [estep.without_broken(t) for t in drawn]
-    run, data = train.Run(train.Settings(micro_batch=7), tmp_path, 0), SimpleNamespace(enc=enc, openers=openers)
-    got = estep.rationale_gain(run, model, data, [p] * 30, infused)
+    run, data = train.Run(train.Settings(micro_batch=33), tmp_path, 0), SimpleNamespace(enc=enc, openers=openers)
+    got = estep.rationale_gain(run, model, data, [p] * 200, infused)
 
     def line_nll(trace, t):
         batch = elbo.collate([trace])
