@@ -335,16 +335,22 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     size = max(map(len, prompts)) + max_new_tokens
     dtype = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else model.embed_tokens.weight.dtype
 
+    def extend(cache, parts):
+        """Append tokens to each row of a cache."""
+        if any(parts):
+            text = pad(parts, cfg.eos_id, dev)                                                        # (B, T)
+            model(text, cache=cache, at=torch.zeros_like(text, dtype=torch.bool))                     # a cache needs no logits
+        cache.length += torch.tensor([len(p) for p in parts], device=dev)
+
     def prefill(ids):
         """Run the prompts of `ids` (all tokens but the last, which the decoding loop feeds) into a cache of their own."""
         body = [tuple(prompts[i][:-1]) for i in ids]
-        unique = {b: n for n, b in enumerate(dict.fromkeys(body))}              # the samples of a group share their prompt
-        width = max(map(len, body))
-        fresh = KVCache(cfg, len(unique), width, dev, dtype)
-        if width:
-            text = pad(list(unique), cfg.eos_id, dev)                                                 # (B, T)
-            model(text, cache=fresh, at=torch.zeros_like(text, dtype=torch.bool))                     # a cache needs no logits
-        fresh.length = torch.tensor([len(b) for b in unique], device=dev)
+        unique = {b: n for n, b in enumerate(dict.fromkeys(body))}              # the samples of a group share their prompt,
+        prefix = os.path.commonprefix(list(unique))                             # few-shot prompts share their examples: run those once
+        fresh = KVCache(cfg, 1, max(map(len, body)), dev, dtype)
+        extend(fresh, [prefix])
+        fresh = fresh.select(torch.zeros(len(unique), dtype=torch.int64, device=dev))
+        extend(fresh, [b[len(prefix):] for b in unique])
         return fresh.select(torch.tensor([unique[b] for b in body], device=dev))
 
     rows = [waiting.pop() for _ in range(min(batch_size, len(waiting)))]        # the prompt in each slot

@@ -331,9 +331,10 @@ class Data:
     heldout: list[elbo.Program]                      # the expert programs of the evaluation problems
     eval_problems: list[bench.Problem]
     rl_problems: list[bench.Problem]
+    unfit: dict[str, str]                            # problems left out of RL, and why
 
 
-def load_data(s: Settings, model: GPT, enc) -> Data:
+def load_data(s: Settings, model: GPT, enc, box: Sandbox) -> Data:
     """Experts' programs, held-out problems and RL problems: of the embedded world, or from files and the hub by name.
 
     Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
@@ -367,14 +368,18 @@ def load_data(s: Settings, model: GPT, enc) -> Data:
         evaluation = bench.world("eval", s.eval_problems, seed=0)
     else:
         evaluation = bench.load(s.benchmark, s.data_dir or None, limit=s.eval_problems)
-    rl = bench.world("train", s.rl_pool, seed=1) if s.rl_data == "world" else bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
+    if s.rl_data == "world":                         # fit by construction
+        rl, unfit = bench.world("train", s.rl_pool, seed=1), {}
+    else:
+        rl = bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
+        rl, unfit = bench.fit_for_rl(rl, box) if s.rl_steps else (rl, {})
     for name, problems in ((s.benchmark, evaluation), (s.rl_data, rl)):
         for p in problems:
             if (n := len(encode_prompt(enc, p.prompt))) + s.max_new_tokens > model.config.context:
                 raise ValueError(f"{name}: the prompt of {p.id} has {n} tokens, which with --max-new-tokens {s.max_new_tokens} exceeds the context "
                                  f"of {model.config.context}")
     if len(rl) < s.rl_problems:
-        raise ValueError(f"{s.rl_data}: {len(rl)} problems, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
+        raise ValueError(f"{s.rl_data}: {len(rl)} problems are fit for RL, {len(unfit)} are not, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
     if not any(p.solution for p in evaluation):
         raise ValueError(f"{s.benchmark} has no solutions, which the held-out cross-entropy needs; choose a benchmark that has")
     heldout, warm = programs(s.benchmark, solved(evaluation), 1), []
@@ -386,7 +391,7 @@ def load_data(s: Settings, model: GPT, enc) -> Data:
         if len(warm) < s.m_programs:
             raise ValueError(f"--warm-data {s.warm_data}: {len(warm)} programs have comments at {s.warm_density:.0%} of their lines, "
                              f"{s.m_programs} are needed; lower --warm-density, or raise --row-tokens")
-    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, warm, heldout, evaluation, rl)
+    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, warm, heldout, evaluation, rl, unfit)
 
 
 class Scorer:
@@ -460,6 +465,7 @@ def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
 def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
     """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three. A warm start, if any, makes the base of all."""
     s, scorer = run.s, Scorer(run, data, box)
+    run.once("unfit for RL", lambda: data.unfit)
     plain, plain_heldout = ([p.trace() for p in programs] for programs in (data.experts, data.heldout))
 
     if s.warm_steps:
@@ -565,7 +571,8 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md and the figures of the main experiment; returns the numbers of its last line."""
     res = Results([folder / f"seed{seed}" for seed in seeds])
     rl = [a for a in ("base", "ntp", "ra3") if res.value(f"eval/rlvr-{a}", "greedy")]
-    rows = [(ARMS[a], f"eval/{a}") for a in ARMS] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
+    cold = [("base, cold", "eval/cold")] if res.value("eval/cold", "greedy") else []
+    rows = cold + [(ARMS[a], f"eval/{a}") for a in ARMS] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
     table = ["| model | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|"]
     table += ["| " + " | ".join([label] + [percent(res.value(key, k)) for k in ("greedy", "pass@1", "pass@5")]) + " |" for label, key in rows]
     text = [f"# {folder.name}: {len(seeds)} seed(s), {s.eval_problems} held-out problems", "",
@@ -586,6 +593,14 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     text += [f"Held-out programs, infused by q: a rationale before {think['think']}% of lines; {think['think_needed']}% where a computation "
              f"is needed, {think['think_other']}% elsewhere.", "", "| line | lines | think |", "|---|---|---|"]
     text += [f"| `{form}` | {n} | {z:.0%} |" for form, (n, z) in res.value("rationales", "forms")[0].items()]
+    if res.value("gain/estep", "gain"):
+        text += ["", "What a rationale is worth at the line before which it stands, to the model that the E-step started from (held-out programs, first seed):", "",
+                 "| rationales by | lines | nats per line: without | with | with another program's | gain | gain of another's |", "|---|---|---|---|---|---|---|"]
+        for writer, label in (("start", "the start"), ("estep", "q after the E-step")):
+            for g in (r for r in res.logs[0] if r.get("key") == f"gain/{writer}" and r["lines"]):
+                text.append(f"| {label} | {g['lines']} | {g['without']:.3f} | {g['with']:.3f} | {g['shuffled']:.3f} | "
+                            f"{g['gain']:+.3f} ± {g['gain_se']:.3f} | {g['gain_shuffled']:+.3f} ± {g['gain_shuffled_se']:.3f} |")
+                numbers[f"gain {writer}"] = round(g["gain"], 4)
     text += ["", "## Figure 2: programs before and after infusion", ""]
     for before, after in res.value("rationales", "programs")[0][:4]:
         text += ["```python", before.replace("<|endoftext|>", "").rstrip(), "```", "", "```python", after.replace("<|endoftext|>", "").rstrip(), "```", ""]
@@ -686,14 +701,16 @@ def main(s: Settings):
     if s.model == "base" and not Path("base").exists():
         s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
     base, enc = load_pretrained(s.model, torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
-    data = load_data(s, base, enc)                   # before anything is written: bad data leaves nothing behind
-    shared = [str(start_folder(s)) if first else None]
-    if ranks > 1:
-        dist.broadcast_object_list(shared)
-    folder, seeds = Path(shared[0]), list(range(s.seed, s.seed + s.seeds))
-    variants = ABLATIONS if s.ablations else {"": {}}
+    variants, seeds = ABLATIONS if s.ablations else {"": {}}, list(range(s.seed, s.seed + s.seeds))
     began = time.time()
-    with Sandbox(workers=max(1, len(os.sched_getaffinity(0)) // ranks)) as box:
+    with Sandbox() as box:
+        data = load_data(s, base, enc, box)          # before anything is written: bad data leaves nothing behind
+        if first and data.unfit:
+            print(f"{s.rl_data}: {len(data.rl_problems)} problems are fit for RL; of {len(data.unfit)} the reference fails or a trivial program passes")
+        shared = [str(start_folder(s)) if first else None]
+        if ranks > 1:
+            dist.broadcast_object_list(shared)
+        folder = Path(shared[0])
         for name, flags in variants.items():
             for seed in seeds:
                 run = Run(dataclasses.replace(s, **flags), folder / slug(name) / f"seed{seed}", seed)
