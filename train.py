@@ -95,6 +95,7 @@ class Settings:
     # M-step
     m_steps: int = option(100, "updates")
     m_programs: int = option(64, "programs per update")
+    equal_compute: bool = option(True, "also train NTP for as much compute as RA3 took in all")
     m_lr: float = option(3e-4, "AdamW's peak, after 10 steps of warm-up, decaying linearly to a tenth; best for NTP of 1e-4, 3e-4 and 1e-3")
     row_tokens: int = option(256, "length of packed rows; a longer program has a row of its own length")
     # RLVR
@@ -475,9 +476,9 @@ def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
     def ntp(name: str, n: int) -> GPT:
         return run.stage(name, base, lambda m: mstep.m_step(run, name, m, data, plain, plain_heldout, n, scorer.greedy))
     arms = {"base": base, "ra3": mid_training(run, base, data, scorer), "ntp": ntp("ntp", s.m_steps)}
-    # As much compute, in tokens through the model, as RA3's E-step and M-step took together.
-    spent = {r["key"]: r["compute"] for r in run.records if r.get("key", "").startswith("cost/")}
-    arms["ntp-long"] = ntp("ntp-long", round(s.m_steps * sum(spent.get(f"cost/{part}", 0) for part in ("estep", "infuse", "ra3")) / spent["cost/ntp"]))
+    if s.equal_compute:                              # in tokens through the model, for RA3's E-step, infusion and M-step together
+        spent = {r["key"]: r["compute"] for r in run.records if r.get("key", "").startswith("cost/")}
+        arms["ntp-long"] = ntp("ntp-long", round(s.m_steps * sum(spent.get(f"cost/{part}", 0) for part in ("estep", "infuse", "ra3")) / spent["cost/ntp"]))
     for name, model in arms.items():
         run.once(f"eval/{name}", lambda: scorer.full(model))
     for name in ("base", "ntp", "ra3") if s.rl_steps else ():
@@ -564,21 +565,21 @@ def plot(path: Path, title: str, ylabel: str, curves: dict[str, tuple[np.ndarray
     plt.close(fig)
 
 
-ARMS = {"base": "base", "ntp": "NTP", "ntp-long": "NTP, RA3's compute", "ra3": "RA3"}
+ARMS = {"cold": "base, before its warm-up", "base": "base", "ntp": "NTP", "ntp-long": "NTP, RA3's compute", "ra3": "RA3"}
 
 
 def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md and the figures of the main experiment; returns the numbers of its last line."""
     res = Results([folder / f"seed{seed}" for seed in seeds])
     rl = [a for a in ("base", "ntp", "ra3") if res.value(f"eval/rlvr-{a}", "greedy")]
-    cold = [("base, cold", "eval/cold")] if res.value("eval/cold", "greedy") else []
-    rows = cold + [(ARMS[a], f"eval/{a}") for a in ARMS] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
+    arms = [a for a in ARMS if res.value(f"eval/{a}", "greedy")]
+    rows = [(ARMS[a], f"eval/{a}") for a in arms] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
     table = ["| model | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|"]
     table += ["| " + " | ".join([label] + [percent(res.value(key, k)) for k in ("greedy", "pass@1", "pass@5")]) + " |" for label, key in rows]
     text = [f"# {folder.name}: {len(seeds)} seed(s), {s.eval_problems} held-out problems", "",
             "Percent solved, mean ± standard error over seeds.", "", *table, ""]
     numbers: dict = {key.removeprefix("eval/"): {k: round(mean_se(res.value(key, k))[0], 4) for k in ("greedy", "pass@1", "pass@5")} for _, key in rows}
-    for a, b in (("ra3", "ntp"), ("ra3", "ntp-long"), ("ra3", "base")):
+    for a, b in (("ra3", b) for b in ("ntp", "ntp-long", "base") if b in arms):
         for k in ("greedy", "pass@1"):
             x, y = res.value(f"eval/{a}", k), res.value(f"eval/{b}", k)
             p = paired_p(x, y)
@@ -608,7 +609,7 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     mid = ("ntp", "ra3")
     plot(folder / "mstep_nll.png", "Held-out cross-entropy, same action tokens", "nats per action token", {ARMS[a]: res.curve(a, "nll") for a in mid})
     plot(folder / "mid_accuracy.png", "Accuracy during mid-training", "greedy pass@1", {ARMS[a]: res.curve(a, "greedy") for a in mid})
-    last = {a: np.array([[r["nll"] for r in log if r.get("phase") == a and "nll" in r][-1] for log in res.logs]) for a in ("ntp", "ntp-long", "ra3")}
+    last = {a: np.array([[r["nll"] for r in log if r.get("phase") == a and "nll" in r][-1] for log in res.logs]) for a in ("ntp", "ntp-long", "ra3") if a in arms}
     text += ["## Figures 3 and 4: the M-step", "", "![cross-entropy](mstep_nll.png) ![accuracy](mid_accuracy.png)", "",
              "Action cross-entropy at the end, nats per token: " + ", ".join(f"{ARMS[a]} {mean_se(v)[0]:.4f} ± {mean_se(v)[1]:.4f}" for a, v in last.items()) + ".", ""]
     numbers |= {f"nll {a}": round(float(v.mean()), 5) for a, v in last.items()} | {k: round(float(np.mean(res.value("rationales", k))), 4) for k in think}
