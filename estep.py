@@ -232,7 +232,7 @@ def anchor_loss(logits: Tensor, pi_logits: Tensor, batch: Batch, openers: Tensor
 # --------------------------------------------------------------------------------------------------------------- the loop
 
 
-def e_step(run, model: GPT, data):
+def e_step(run, stage: str, model: GPT, data):
     """E-step: move q, which starts as the model itself, towards rationales that pay; pi is the frozen start.
 
     run: train.Run, the plumbing; data: train.Data. Trains `model` in place.
@@ -240,11 +240,11 @@ def e_step(run, model: GPT, data):
     s = run.s
     pi = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    for step in run.steps("estep", model, optimizer, s.e_steps, s.e_lr, warmup=5):
-        picked = np.random.default_rng(run.draw("estep", step)).choice(len(data.experts), s.e_programs, replace=False).tolist()
+    for step in run.steps(stage, model, optimizer, s.e_steps, s.e_lr, warmup=5):
+        picked = np.random.default_rng(run.draw(stage, step)).choice(len(data.experts), s.e_programs, replace=False).tolist()
         versions = [(i, k) for i in run.mine(picked) for k in range(s.e_rollouts)]
         with run.autocast():
-            traces = rollout(model, data.enc, [data.experts[i] for i, _ in versions], [run.draw("estep", step, i, k) for i, k in versions],
+            traces = rollout(model, data.enc, [data.experts[i] for i, _ in versions], [run.draw(stage, step, i, k) for i, k in versions],
                              data.openers, max_rationale=s.max_rationale, mode=s.rationales, explore=s.explore)
         stats = np.zeros(6)
 
@@ -271,7 +271,7 @@ def e_step(run, model: GPT, data):
 
         norm = run.update(model, optimizer, micro_batches(), len(traces))
         reward, loglik, lines, thinks, broken, latents = run.sum(*stats)
-        run.log(phase="estep", step=step, reward=reward / lines, loglik=loglik / lines, think=thinks / lines,
+        run.log(phase=stage, step=step, reward=reward / lines, loglik=loglik / lines, think=thinks / lines,
                 broken=broken / max(thinks, 1), length=latents / max(thinks, 1), grad_norm=norm,
                 show=f"reward {reward / lines:+.3f} think {thinks / lines:.0%}")
 
@@ -334,5 +334,5 @@ def rationale_gain(run, pi: GPT, data, programs: list[Program], infused: list[Tr
     out = dict(lines=len(rows), **dict(zip(("without", "with", "shuffled"), rows.mean(0).tolist())))
     for name, column in (("gain", 1), ("gain_shuffled", 2)):
         d = rows[:, 0] - rows[:, column]
-        out |= {name: d.mean(), f"{name}_se": d.std() / len(d) ** 0.5}
+        out |= {name: float(d.mean()), f"{name}_se": float(d.std() / len(d) ** 0.5)}
     return out

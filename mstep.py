@@ -23,7 +23,7 @@ from tqdm import tqdm
 import bench
 import elbo
 from bench import hub_rows, local_rows, plain
-from elbo import ACTION, PROMPT, Batch, Trace, chunks, strip_comments
+from elbo import ACTION, PROMPT, Batch, Program, Trace, chunks, strip_comments
 from model import GPT, GPTConfig, encode_prompt, save_tokenizer
 
 
@@ -210,6 +210,58 @@ class Corpus:
         kept = [s for s in (piece.strip("\n") + "\n" for piece in out) if self.size(s) <= self.limit]
         self.dropped["too long"] += len(out) - len(kept)
         return kept
+
+
+def parse_all(s, model: GPT, enc, name: str, texts, least: int) -> list[Program]:
+    """Programs of (where, prompt, solution), those that fit the model's context with room for a rationale.
+
+    Raises ValueError for a text that is not Python, or if fewer than `least` fit.
+    """
+    out, n, room = [], 0, model.config.context - s.max_rationale
+    for n, (where, prompt, solution) in enumerate(texts, 1):
+        try:
+            p = elbo.parse(enc, prompt, solution, model.config.eos_id)
+        except ValueError as e:
+            raise ValueError(f"{name}: {where}: {e}") from None
+        out += [p] if len(p) <= room else []
+    if len(out) < least:
+        raise ValueError(f"{name}: {len(out)} of {n} programs fit the context with room for a rationale ({room} tokens), "
+                         f"{least} are needed; give more or shorter programs, or a model with a longer context")
+    return out
+
+
+def solved(problems: list[bench.Problem]) -> Iterator[tuple[str, str, str]]:
+    """(id, prompt, solution) of the problems that have one."""
+    return ((p.id, p.prompt, p.solution) for p in problems if p.solution)
+
+
+def read_experts(s, model: GPT, enc, n: int = 0, position: tuple[int, int] = (0, 0)) -> tuple[list[Program], tuple[int, int]]:
+    """The expert programs of round n, and the corpus position at which the next round begins: the memory holds one round's at a time.
+
+    s: train.Settings. They are of the embedded world, of a benchmark with solutions, or of a corpus. Raises ValueError as `parse_all`.
+    """
+    least = max(s.e_programs, s.m_programs)
+    if s.data == "world":
+        return parse_all(s, model, enc, "world", solved(bench.world("train", s.experts, seed=100 * n)), s.experts), position
+    if s.data.partition("@")[0].partition(":")[0] in bench.SOURCES:
+        problems = bench.load(s.data, s.data_dir or None, limit=(n + 1) * s.experts)[n * s.experts:]
+        return parse_all(s, model, enc, s.data, solved(problems), least), position
+    corpus = Corpus(s.data, s.column, limit=model.config.context - s.max_rationale, size=lambda text: len(encode_prompt(enc, text)) + 2,
+                    position=tuple(position))
+    texts = ((f"program {i}", "", text) for i, text in enumerate(islice(corpus, s.experts)))
+    return parse_all(s, model, enc, s.data, texts, least), corpus.position
+
+
+def read_commented(s, model: GPT, enc) -> list[Trace]:
+    """Programs with their authors' comments as latents, for a warm start: those with comments at `warm_density` of their lines at least."""
+    corpus = Corpus(standard_library() if s.warm_data == "stdlib" else s.warm_data, s.warm_column, limit=s.row_tokens,
+                    size=lambda text: len(encode_prompt(enc, text)) + 2, comments=True)
+    traces = (elbo.parse_commented(enc, text, model.config.eos_id, s.max_rationale) for text in corpus)
+    out = list(islice((t for t in traces if np.mean(t.thinks()) >= s.warm_density), s.warm_steps * s.m_programs))
+    if len(out) < s.m_programs:
+        raise ValueError(f"--warm-data {s.warm_data}: {len(out)} programs have comments at {s.warm_density:.0%} of their lines, "
+                         f"{s.m_programs} are needed; lower --warm-density, or raise --row-tokens")
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------- the base model

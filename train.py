@@ -19,7 +19,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
@@ -29,6 +28,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +64,7 @@ class Settings:
     # data
     data: str = option("world", "experts' programs: world; a benchmark with solutions (leetcode:train); or a corpus: a hub name, file or folder")
     column: str = option("text", "the corpus column that holds the programs")
+    rounds: int = option(1, "of E-step and M-step, each with --experts programs of its own; a corpus is read on, and memory holds one round's")
     warm_data: str = option("", "commented programs to warm a cold base up on, before everything else: a corpus, or stdlib, which every machine has")
     warm_column: str = option("text", "the column of that corpus")
     warm_steps: int = option(0, "updates of that warm start, --m-programs each; real bases hardly ever write a comment by themselves")
@@ -327,7 +328,8 @@ class Data:
     """What all phases share: the tokenizer, its comment openers, and the problems."""
     enc: object
     openers: torch.Tensor
-    experts: list[elbo.Program]
+    experts: list[elbo.Program]                      # of the first round
+    position: tuple[int, int]                        # where in their corpus the next round begins
     warm: list[elbo.Trace]                           # programs with their authors' comments
     heldout: list[elbo.Program]                      # the expert programs of the evaluation problems
     eval_problems: list[bench.Problem]
@@ -340,31 +342,6 @@ def load_data(s: Settings, model: GPT, enc, box: Sandbox) -> Data:
 
     Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
     """
-    eos, room = model.config.eos_id, model.config.context - s.max_rationale
-
-    def programs(name: str, texts, least: int) -> list[elbo.Program]:
-        out, n = [], 0
-        for n, (where, prompt, solution) in enumerate(texts, 1):
-            try:
-                p = elbo.parse(enc, prompt, solution, eos)
-            except ValueError as e:
-                raise ValueError(f"{name}: {where}: {e}") from None
-            out += [p] if len(p) <= room else []
-        if len(out) < least:
-            raise ValueError(f"{name}: {len(out)} of {n} programs fit the context with room for a rationale ({room} tokens), "
-                             f"{least} are needed; give more or shorter programs, or a model with a longer context")
-        return out
-
-    def solved(problems):
-        return ((p.id, p.prompt, p.solution) for p in problems if p.solution)
-    least = max(s.e_programs, s.m_programs)
-    if s.data == "world":
-        experts = programs("world", solved(bench.world("train", s.experts, seed=0)), s.experts)
-    elif s.data.partition("@")[0].partition(":")[0] in bench.SOURCES:
-        experts = programs(s.data, solved(bench.load(s.data, s.data_dir or None, limit=s.experts)), least)
-    else:
-        corpus = mstep.Corpus(s.data, s.column, limit=room, size=lambda text: len(encode_prompt(enc, text)) + 2)
-        experts = programs(s.data, ((f"program {i}", "", text) for i, text in enumerate(itertools.islice(corpus, s.experts))), least)
     if s.benchmark == "world":
         evaluation = bench.world("eval", s.eval_problems, seed=0)
     else:
@@ -383,16 +360,10 @@ def load_data(s: Settings, model: GPT, enc, box: Sandbox) -> Data:
         raise ValueError(f"{s.rl_data}: {len(rl)} problems are fit for RL, {len(unfit)} are not, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
     if not any(p.solution for p in evaluation):
         raise ValueError(f"{s.benchmark} has no solutions, which the held-out cross-entropy needs; choose a benchmark that has")
-    heldout, warm = programs(s.benchmark, solved(evaluation), 1), []
-    if s.warm_data:
-        corpus = mstep.Corpus(mstep.standard_library() if s.warm_data == "stdlib" else s.warm_data, s.warm_column, limit=s.row_tokens,
-                              size=lambda text: len(encode_prompt(enc, text)) + 2, comments=True)
-        dense = (t for t in (elbo.parse_commented(enc, text, eos, s.max_rationale) for text in corpus) if np.mean(t.thinks()) >= s.warm_density)
-        warm = list(itertools.islice(dense, s.warm_steps * s.m_programs))
-        if len(warm) < s.m_programs:
-            raise ValueError(f"--warm-data {s.warm_data}: {len(warm)} programs have comments at {s.warm_density:.0%} of their lines, "
-                             f"{s.m_programs} are needed; lower --warm-density, or raise --row-tokens")
-    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, warm, heldout, evaluation, rl, unfit)
+    experts, position = mstep.read_experts(s, model, enc)
+    heldout = mstep.parse_all(s, model, enc, s.benchmark, mstep.solved(evaluation), 1)
+    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, position, mstep.read_commented(s, model, enc) if s.warm_data else [],
+                heldout, evaluation, rl, unfit)
 
 
 class Scorer:
@@ -443,42 +414,59 @@ def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
                 think_other=rate(False), forms={form: [n, z / n] for form, (n, z) in sorted(sorted(seen.items(), key=lambda x: -x[1][0])[:20])}, programs=programs)
 
 
+def rounds(run: Run, model: GPT, data: Data):
+    """Yield, for each round, the suffix of its stages' names and the data with its expert programs, read on in the corpus."""
+    yield "", data
+    for n in range(1, run.s.rounds):
+        start = run.once(f"corpus.{n + 1}", lambda: {"position": data.position})["position"]
+        experts, position = mstep.read_experts(run.s, model, data.enc, n, start)
+        data = dataclasses.replace(data, experts=experts, position=position)
+        yield f".{n + 1}", data
+
+
 def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
-    """E-step, infusion, M-step: from the base to RA3."""
-    s = run.s
+    """From the base to RA3: E-step, infusion and M-step, each round on programs of its own."""
+    s, model = run.s, base
     mode = "never" if math.isinf(s.c) else s.rationales                          # c = infinity: nothing is worth a rationale
-    if mode == "never":
-        q = base
-    else:
-        q = run.stage("estep", base, lambda m: estep.e_step(run, m, data))
-        for name, writer in (("start", base), ("estep", q)):                     # pi, the judge, is the start both times
-            run.once(f"gain/{name}", lambda: estep.rationale_gain(
-                run, base, data, data.heldout, estep.infuse(run, writer, data, data.heldout, "heldout", mode, s.explore)))
-    run.meter(q)
-    began, before = time.time(), run.compute
-    train = estep.infuse(run, q, data, data.experts, "experts", mode)
-    run.once("cost/infuse", lambda: dict(seconds=round(time.time() - began, 1), compute=int(run.sum(run.compute - before)[0])))
-    heldout = estep.infuse(run, q, data, data.heldout, "heldout", mode)
-    run.once("rationales", lambda: think_table(data, heldout))
-    return run.stage("ra3", q, lambda m: mstep.m_step(run, "ra3", m, data, train, heldout, s.m_steps, scorer.greedy))
+    for tag, data in rounds(run, base, data):
+        q = start = model
+        if mode != "never":
+            q = run.stage("estep" + tag, start, lambda m: estep.e_step(run, "estep" + tag, m, data))
+            for name, writer in (("start", start), ("estep", q)):                # pi, the judge, is the start both times
+                run.once(f"gain/{name}{tag}", lambda: estep.rationale_gain(
+                    run, start, data, data.heldout, estep.infuse(run, writer, data, data.heldout, "heldout", mode, s.explore)))
+        run.meter(q)
+        began, before = time.time(), run.compute
+        train = estep.infuse(run, q, data, data.experts, "experts" + tag, mode)
+        run.once("cost/infuse" + tag, lambda: dict(seconds=round(time.time() - began, 1), compute=int(run.sum(run.compute - before)[0])))
+        heldout = estep.infuse(run, q, data, data.heldout, "heldout", mode)
+        run.once("rationales" + tag, lambda: think_table(data, heldout))
+        model = run.stage("ra3" + tag, q, lambda m: mstep.m_step(run, "ra3" + tag, m, data, train, heldout, s.m_steps, scorer.greedy))
+    return model
 
 
 def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
     """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three. A warm start, if any, makes the base of all."""
     s, scorer = run.s, Scorer(run, data, box)
     run.once("unfit for RL", lambda: data.unfit)
-    plain, plain_heldout = ([p.trace() for p in programs] for programs in (data.experts, data.heldout))
-
+    heldout = [p.trace() for p in data.heldout]
     if s.warm_steps:
         run.once("eval/cold", lambda: scorer.full(base))
-        base = run.stage("warm", base, lambda m: mstep.m_step(run, "warm", m, data, data.warm, plain_heldout, s.warm_steps, scorer.greedy))
+        base = run.stage("warm", base, lambda m: mstep.m_step(run, "warm", m, data, data.warm, heldout, s.warm_steps, scorer.greedy))
 
     def ntp(name: str, n: int) -> GPT:
-        return run.stage(name, base, lambda m: mstep.m_step(run, name, m, data, plain, plain_heldout, n, scorer.greedy))
+        model = base
+        for tag, part in rounds(run, base, data):
+            plain = [p.trace() for p in part.experts]
+            model = run.stage(name + tag, model, lambda m: mstep.m_step(run, name + tag, m, data, plain, heldout, n, scorer.greedy))
+        return model
     arms = {"base": base, "ra3": mid_training(run, base, data, scorer), "ntp": ntp("ntp", s.m_steps)}
     if s.equal_compute:                              # in tokens through the model, for RA3's E-step, infusion and M-step together
-        spent = {r["key"]: r["compute"] for r in run.records if r.get("key", "").startswith("cost/")}
-        arms["ntp-long"] = ntp("ntp-long", round(s.m_steps * sum(spent.get(f"cost/{part}", 0) for part in ("estep", "infuse", "ra3")) / spent["cost/ntp"]))
+        spent = Counter()
+        for r in run.records:
+            if r.get("key", "").startswith("cost/"):
+                spent[r["key"][5:].partition(".")[0]] += r["compute"]
+        arms["ntp-long"] = ntp("ntp-long", round(s.m_steps * (spent["estep"] + spent["infuse"] + spent["ra3"]) / spent["ntp"]))
     for name, model in arms.items():
         run.once(f"eval/{name}", lambda: scorer.full(model))
     for name in ("base", "ntp", "ra3") if s.rl_steps else ():
@@ -540,8 +528,17 @@ class Results:
         return [r[name] for log in self.logs for r in log if r.get("key") == key]
 
     def curve(self, phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (n,) and values (seeds, n)."""
-        rows = [[(r["step"], r[name]) for r in log if r.get("phase") == phase and name in r] for log in self.logs]
+        """Steps (n,) and values (seeds, n), the rounds of a phase one behind the other."""
+        rows = []
+        for log in self.logs:
+            rows.append([])
+            first, last, round_ = 0, 0, phase
+            for r in log:
+                if r.get("phase", "").partition(".")[0] == phase and name in r:
+                    if r["phase"] != round_:
+                        first, round_ = last, r["phase"]
+                    last = first + r["step"]
+                    rows[-1].append((last, r[name]))
         n = min(map(len, rows))
         return np.array([s for s, _ in rows[0][:n]]), np.array([[v for _, v in row[:n]] for row in rows])
 
@@ -594,7 +591,7 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     text += [f"Held-out programs, infused by q: a rationale before {think['think']}% of lines; {think['think_needed']}% where a computation "
              f"is needed, {think['think_other']}% elsewhere.", "", "| line | lines | think |", "|---|---|---|"]
     text += [f"| `{form}` | {n} | {z:.0%} |" for form, (n, z) in res.value("rationales", "forms")[0].items()]
-    if res.value("gain/estep", "gain"):
+    if any(res.value("gain/estep", "lines")):
         text += ["", "What a rationale is worth at the line before which it stands, to the model that the E-step started from (held-out programs, first seed):", "",
                  "| rationales by | lines | nats per line: without | with | with another program's | gain | gain of another's |", "|---|---|---|---|---|---|---|"]
         for writer, label in (("start", "the start"), ("estep", "q after the E-step")):
@@ -609,7 +606,7 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     mid = ("ntp", "ra3")
     plot(folder / "mstep_nll.png", "Held-out cross-entropy, same action tokens", "nats per action token", {ARMS[a]: res.curve(a, "nll") for a in mid})
     plot(folder / "mid_accuracy.png", "Accuracy during mid-training", "greedy pass@1", {ARMS[a]: res.curve(a, "greedy") for a in mid})
-    last = {a: np.array([[r["nll"] for r in log if r.get("phase") == a and "nll" in r][-1] for log in res.logs]) for a in ("ntp", "ntp-long", "ra3") if a in arms}
+    last = {a: res.curve(a, "nll")[1][:, -1] for a in ("ntp", "ntp-long", "ra3") if a in arms}
     text += ["## Figures 3 and 4: the M-step", "", "![cross-entropy](mstep_nll.png) ![accuracy](mid_accuracy.png)", "",
              "Action cross-entropy at the end, nats per token: " + ", ".join(f"{ARMS[a]} {mean_se(v)[0]:.4f} ± {mean_se(v)[1]:.4f}" for a, v in last.items()) + ".", ""]
     numbers |= {f"nll {a}": round(float(v.mean()), 5) for a, v in last.items()} | {k: round(float(np.mean(res.value("rationales", k))), 4) for k in think}
