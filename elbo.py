@@ -9,7 +9,7 @@ An expert program is a sequence of actions a_0 .. a_{T-1}, one line of code each
 
 Where exactly does z_t stand in a token sequence? Tokenizers merge a newline with the indentation after it (GPT-2) or with the
 punctuation before it (Llama-3, Qwen). So the text is cut *just before the last space of a line's indentation* (before its first
-character if there is none). The pieces' tokens then concatenate to the tokens of the whole text, and one token decides: it
+character if there is none). The tokens of the whole text have a border there in either family, and one token decides: it
 either opens a comment (its text starts with `#` after at most one space) or begins the expert's line. With p the model's next-token
 distribution at that *decision point*,
 
@@ -26,6 +26,7 @@ import re
 import tokenize
 from dataclasses import dataclass, field
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -151,9 +152,26 @@ def parse(enc: tiktoken.Encoding, prompt: str, solution: str, eos: int) -> Progr
         raise ValueError("the program has no statement")
     indents = [text[text.rfind("\n", 0, i) + 1:i] for i in begins]
     cuts = [i - bool(indent) for i, indent in zip(begins, indents)]                  # before the last space of the indentation
-    lines = [enc.encode_ordinary(text[a:b]) for a, b in zip(cuts, cuts[1:] + [len(text)])]
+    head, *lines = encode_cut(enc, text, cuts)
     lines[-1].append(eos)
-    return Program(encode_prompt(enc, text[:cuts[0]]) or [eos], lines, ["\n" + indent[:-1] for indent in indents])
+    return Program(encode_prompt(enc, "") + head or [eos], lines, ["\n" + indent[:-1] for indent in indents])
+
+
+def encode_cut(enc: tiktoken.Encoding, text: str, cuts: list[int]) -> list[list[int]]:
+    """The tokens of a text, cut at ascending character offsets.
+
+    Cut first and tokenised then, a piece that ends in blank lines would get other tokens than it has in the whole (GPT-2 and SmolLM2
+    leave the last newline to what follows). Only where the whole cannot be cut there (a token reaches across, or bytes that
+    the tokenizer does not know have gone) are the pieces tokenised one by one.
+    """
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    tokens = enc.encode_ordinary(text)
+    ends = np.cumsum([0] + [len(enc.decode_single_token_bytes(t)) for t in tokens])           # bytes before each token, and in all
+    marks = np.cumsum([0] + [len(piece.encode("utf-8", "replace")) for piece in pieces])
+    at = np.searchsorted(ends, marks)
+    if ends[-1] != marks[-1] or not np.array_equal(ends[at], marks):
+        return [enc.encode_ordinary(piece) for piece in pieces]
+    return [tokens[a:b] for a, b in zip(at, at[1:])]
 
 
 def rationale(enc: tiktoken.Encoding, program: Program, t: int, comment: str) -> list[int]:
