@@ -3,7 +3,7 @@
     python train.py                                         # the embedded world, one process
     torchrun --standalone --nproc-per-node=2 train.py       # the same on two: same draws, same global batches
     python train.py --seeds 5                               # five seeds, means and standard errors in the report
-    python train.py --ablations --seeds 2                   # figures 6 and 7: c, return horizon, persistence, BRiTE, no RL
+    python train.py --ablations all --seeds 2               # figures 6 and 7: c, return horizon, persistence, BRiTE, no RL
     python train.py --pretrain out/base                     # makes the base model that the others start from
     python train.py --resume --name NAME                    # goes on where a killed run stopped
 
@@ -58,7 +58,7 @@ class Settings:
     seeds: int = option(1, "number of seeds; the report then shows means and standard errors")
     resume: bool = option(False, "go on with the run called --name")
     threads: int = option(0, "CPU threads per process; 0: all cores, shared among the ranks (more only get in each other's way)")
-    ablations: bool = option(False, "run the variants of figures 6 and 7 instead of the main experiment")
+    ablations: str = option("", "variants of figures 6 and 7 to run instead of the main experiment: all, or some of ABLATIONS, such as c=0.2,BRiTE")
     pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
     pretrain_tokens: int = option(7_000_000, "solution tokens of that: arithmetic appears after about 2M in a phase change")
     # data
@@ -135,6 +135,7 @@ class Settings:
         need(bool(self.warm_data) == (self.warm_steps > 0), "warm_steps", "--warm-data and --warm-steps go together")
         need(0 < self.gamma <= 1, "gamma", "a discount lies in (0, 1]")
         need(self.rationales in estep.MODES, "rationales", f"expected one of {', '.join(estep.MODES)}")
+        need(self.ablations in ("", "all") or set(self.ablations.split(",")) <= set(ABLATIONS), "ablations", f"expected all, or some of {', '.join(ABLATIONS)}")
         need(not self.resume or bool(self.name), "resume", "say which run, with --name")
 
 
@@ -485,6 +486,11 @@ ABLATIONS = {                                                                   
 }
 
 
+def chosen(s: Settings) -> dict[str, dict]:
+    """The ablations that --ablations names."""
+    return {name: flags for name, flags in ABLATIONS.items() if s.ablations == "all" or name in s.ablations.split(",")}
+
+
 def ablation(run: Run, base: GPT, data: Data, box: Sandbox):
     """One variant of mid-training, without RLVR."""
     scorer = Scorer(run, data, box)
@@ -627,7 +633,7 @@ def report_ablations(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md of the ablations; returns the numbers of its last line."""
     text = ["| variant | think rate | action cross-entropy (nats/token) | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|---|---|"]
     numbers, curves = {}, {}
-    for name in ABLATIONS:
+    for name in chosen(s):
         res = Results([folder / slug(name) / f"seed{seed}" for seed in seeds])
         nll = res.curve("ra3", "nll")[1][:, -1]
         text.append(f"| {name} | {percent(res.value('rationales', 'think'))}% | {mean_se(nll)[0]:.4f} | " +
@@ -699,7 +705,7 @@ def main(s: Settings):
     if s.model == "base" and not Path("base").exists():
         s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
     base, enc = load_pretrained(s.model, torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
-    variants, seeds = ABLATIONS if s.ablations else {"": {}}, list(range(s.seed, s.seed + s.seeds))
+    variants, seeds = chosen(s) if s.ablations else {"": {}}, list(range(s.seed, s.seed + s.seeds))
     began = time.time()
     with Sandbox() as box:
         data = load_data(s, base, enc, box)          # before anything is written: bad data leaves nothing behind
