@@ -640,9 +640,12 @@ def report_ablations(folder: Path, seeds: list[int], s: Settings) -> dict:
                     " | ".join(percent(res.value("eval/ra3", k)) for k in ("greedy", "pass@1", "pass@5")) + " |")
         numbers[name] = {k: round(mean_se(res.value("eval/ra3", k))[0], 4) for k in ("greedy", "pass@1", "pass@5")}
         curves[name] = res.curve("ra3", "greedy")
-    plot(folder / "ablation_c.png", "The penalty c", "greedy pass@1", {k: v for k, v in curves.items() if k.startswith("c=")})
-    plot(folder / "ablation_other.png", "What makes the difference", "greedy pass@1", {k: v for k, v in curves.items() if not k.startswith("c=") or k == f"c={s.c:g}"})
-    body = [f"# {folder.name}: ablations, {len(seeds)} seed(s)", "", *text, "", "![c](ablation_c.png) ![others](ablation_other.png)"]
+    body = [f"# {folder.name}: ablations, {len(seeds)} seed(s)", "", *text, ""]
+    penalties = {k for k in curves if k.startswith("c=")}
+    for file, title, names in (("ablation_c", "The penalty c", penalties), ("ablation_other", "What makes the difference", curves.keys() - penalties | {f"c={s.c:g}"})):
+        if some := {k: v for k, v in curves.items() if k in names}:
+            plot(folder / f"{file}.png", title, "greedy pass@1", some)
+            body.append(f"![{title}]({file}.png)")
     write_text(folder / "report.md", "\n".join(body) + "\n")
     print("\n".join(text))
     return numbers

@@ -125,6 +125,8 @@ def refused(folder: Path, monkeypatch, *flags: str) -> str:
     (["--m-lr", "-1"], "--m-lr -1.0: a learning rate"),
     (["--c", "nan"], "--c nan"),
     (["--rationales", "sometimes"], "expected one of learned, always, first, never"),
+    (["--ablations", "c=0.3"], "expected all, or some of c=0"),
+    (["--warm-steps", "3"], "--warm-data and --warm-steps go together"),
     (["--resume"], "say which run, with --name"),
     (["--resume", "--name", "nothing"], "holds no run to resume"),
     (["--model", "/no/such/folder"], "/no/such/folder"),
@@ -232,3 +234,13 @@ def test_a_warm_start_makes_the_base_of_every_arm(tmp_path):
     assert "base, before its warm-up" in report and "q after the E-step" in report
     gain = {r["key"]: r for r in metrics(tmp_path / "runs/warm/seed0") if r.get("key", "").startswith("gain/")}
     assert gain["gain/start"]["lines"] > 0 and set(gain) == {"gain/start", "gain/estep"}
+
+
+def test_ablations_run_by_name_and_report_side_by_side(tmp_path):
+    flags = [*SMALL, "--name", "some", "--ablations", "no persistence,BRiTE", "--e-steps", "1", "--m-steps", "1", "--experts", "16"]
+    done = run(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    think = {name: train.Results([tmp_path / "runs/some" / train.slug(name) / "seed0"]).value("rationales", "think")[0] for name in ("no persistence", "BRiTE")}
+    assert think["no persistence"] > 0.5 > think["BRiTE"] > 0           # rationales that break the format are cut out, hence not 1
+    table = (tmp_path / "runs/some/report.md").read_text()
+    assert "| no persistence |" in table and "| BRiTE |" in table and "| c=" not in table and "ablation_c.png" not in table
