@@ -157,13 +157,15 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None, head: bool = True) -> Tensor:
+    def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None, at: Tensor | None = None,
+                head: bool = True) -> Tensor:
         """Logits of the token after each token: tokens (B, T) int64 -> (B, T, V), V = n_vocab.
 
         Rows are padded on the right; causality keeps the padding out of every real position.
         cache: tokens continue each row at its own `cache.length`; the caller then advances `length` by the tokens it keeps.
         doc:   (B, T) document numbers of a packed batch: a token sees its own document only.
-        head:  False returns the last hidden states (B, T, D) instead; filling a cache needs no logits, which for 150k tokens weigh most.
+        at:    (B, T) bool: only the logits that follow these tokens, (N, V); with 150k tokens they weigh more than all the rest.
+        head:  False returns the last hidden states, (B, T, D) or (N, D), which `unembed` makes logits.
         Raises ValueError if a position lies beyond the configured context.
         """
         (_, T), dev = tokens.shape, tokens.device
@@ -192,7 +194,9 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope, mask, store)
         x = self.norm(x)                                                                              # (B, T, D)
-        return self.unembed(x) if head else x                                                         # (B, T, V)
+        if at is not None:
+            x = x[at]                                                                                 # (N, D)
+        return self.unembed(x) if head else x                                                         # (B, T, V) or (N, V)
 
     def unembed(self, x: Tensor) -> Tensor:
         """Last hidden states (..., D), what forward(head=False) returns -> logits (..., V)."""
@@ -282,7 +286,7 @@ class KVCache:
         self.k[:, rows, :size], self.v[:, rows, :size], self.length[rows] = other.k, other.v, other.length
 
 
-def pad(rows: list[list[int]], value: int, device=None) -> Tensor:
+def pad(rows: list, value: int, device=None) -> Tensor:
     """Right-pad lists to a (B, T) int64 tensor."""
     width = max(map(len, rows))
     return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.int64, device=device)
@@ -337,15 +341,23 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     size = max(map(len, prompts)) + max_new_tokens
     dtype = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else model.embed_tokens.weight.dtype
 
+    def extend(cache, parts):
+        """Append tokens to each row of a cache."""
+        if any(parts):
+            text = pad(parts, cfg.eos_id, dev)                                                        # (B, T)
+            model(text, cache=cache, at=torch.zeros_like(text, dtype=torch.bool))                     # a cache needs no logits
+        cache.length += torch.tensor([len(p) for p in parts], device=dev)
+
     def prefill(ids):
         """Run the prompts of `ids` (all tokens but the last, which the decoding loop feeds) into a cache of their own."""
-        body = [prompts[i][:-1] for i in ids]
-        width = max(map(len, body))
-        fresh = KVCache(cfg, len(ids), width, dev, dtype)
-        if width:
-            model(pad(body, cfg.eos_id, dev), cache=fresh, head=False)
-        fresh.length = torch.tensor([len(b) for b in body], device=dev)
-        return fresh
+        body = [tuple(prompts[i][:-1]) for i in ids]
+        unique = {b: n for n, b in enumerate(dict.fromkeys(body))}              # the samples of a group share their prompt,
+        prefix = os.path.commonprefix(list(unique))                             # few-shot prompts share their examples: run those once
+        fresh = KVCache(cfg, 1, max(map(len, body)), dev, dtype)
+        extend(fresh, [prefix])
+        fresh = fresh.select(torch.zeros(len(unique), dtype=torch.int64, device=dev))
+        extend(fresh, [b[len(prefix):] for b in unique])
+        return fresh.select(torch.tensor([unique[b] for b in body], device=dev))
 
     rows = [waiting.pop() for _ in range(min(batch_size, len(waiting)))]        # the prompt in each slot
     cache = KVCache(cfg, len(rows), size, dev, dtype)

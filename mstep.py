@@ -23,7 +23,7 @@ from tqdm import tqdm
 import bench
 import elbo
 from bench import hub_rows, local_rows, plain
-from elbo import ACTION, PROMPT, Batch, Trace, chunks, strip_comments
+from elbo import ACTION, PROMPT, Batch, Program, Trace, chunks, strip_comments
 from model import GPT, GPTConfig, encode_prompt, save_tokenizer
 
 
@@ -66,15 +66,12 @@ def packed_batch(traces: list[Trace], rows: list[list[int]], device=None) -> Bat
     return batch
 
 
-def counted(batch: Batch) -> Tensor:
-    """(B, T - 1) bool: the targets that the loss counts: rationales and actions. Documents begin with a prompt, so none is counted across them."""
-    return batch.kind[:, 1:] != PROMPT
-
-
 def loss(model, batch: Batch) -> Tensor:
-    """Summed cross-entropy, in nats, of rationale and action tokens; divide by `counted` of all ranks and micro-batches."""
-    keep = counted(batch)
-    return F.cross_entropy(elbo.logits_of(model, batch)[keep].float(), batch.tokens[:, 1:][keep], reduction="sum")
+    """Summed cross-entropy, in nats, of rationale and action tokens; divide by their number over all ranks and micro-batches.
+
+    Documents begin with a prompt, so no token is predicted from the document before.
+    """
+    return F.cross_entropy(elbo.logits_of(model, batch).float(), batch.tokens[:, 1:][batch.scored], reduction="sum")
 
 
 @torch.no_grad()
@@ -126,7 +123,7 @@ def m_step(run, stage: str, model: GPT, data, traces: list[Trace], heldout: list
                     total = loss(model, b)
                 yield total
 
-        run.update(model, optimizer, losses(), sum(int(counted(b).sum()) for b in batches))
+        run.update(model, optimizer, losses(), sum(int(b.scored.sum()) for b in batches))
     probe(n)
 
 
@@ -144,7 +141,7 @@ class Corpus:
 
         for program in Corpus("codeparrot/codeparrot-clean-valid", "content", limit=2048, size=lambda s: len(enc.encode_ordinary(s))):
 
-    Comment lines are stripped, what is not Python 3 is dropped, and a program longer than `limit` (as `size` measures: characters, or
+    Comment lines are stripped (unless `comments`), what is not Python 3 is dropped, and a program longer than `limit` (as `size` measures: characters, or
     tokens as above) is cut between top-level statements. `dropped` counts what was left out. With `rank` of `ranks`, every ranks-th row
     is read. `position` says what has been handed out: save it, and a Corpus made with it reads on from there. Raises ValueError for a name,
     file, row or column that is not there, and if nothing in the whole corpus is Python.
@@ -157,6 +154,7 @@ class Corpus:
     subset: str | None = None
     rank: int = 0
     ranks: int = 1
+    comments: bool = False                                                # keep comment lines, for a warm start
     position: tuple[int, int] = (0, 0)                                    # rows read, documents of the next row handed out
     dropped: Counter = field(default_factory=Counter)
 
@@ -193,7 +191,7 @@ class Corpus:
     def documents(self, text) -> list[str]:
         """The program, cut into pieces of at most `limit`; none if it is not Python."""
         try:
-            text = strip_comments(plain(text))
+            text = plain(text) if self.comments else strip_comments(plain(text))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tree = ast.parse(text)                                    # the tokenizer alone takes English for Python
@@ -213,6 +211,58 @@ class Corpus:
         kept = [s for s in (piece.strip("\n") + "\n" for piece in out) if self.size(s) <= self.limit]
         self.dropped["too long"] += len(out) - len(kept)
         return kept
+
+
+def parse_all(s, model: GPT, enc, name: str, texts, least: int) -> list[Program]:
+    """Programs of (where, prompt, solution), those that fit the model's context with room for a rationale.
+
+    Raises ValueError for a text that is not Python, or if fewer than `least` fit.
+    """
+    out, n, room = [], 0, model.config.context - s.max_rationale
+    for n, (where, prompt, solution) in enumerate(texts, 1):
+        try:
+            p = elbo.parse(enc, prompt, solution, model.config.eos_id)
+        except ValueError as e:
+            raise ValueError(f"{name}: {where}: {e}") from None
+        out += [p] if len(p) <= room else []
+    if len(out) < least:
+        raise ValueError(f"{name}: {len(out)} of {n} programs fit the context with room for a rationale ({room} tokens), "
+                         f"{least} are needed; give more or shorter programs, or a model with a longer context")
+    return out
+
+
+def solved(problems: list[bench.Problem]) -> Iterator[tuple[str, str, str]]:
+    """(id, prompt, solution) of the problems that have one."""
+    return ((p.id, p.prompt, p.solution) for p in problems if p.solution)
+
+
+def read_experts(s, model: GPT, enc, n: int = 0, position: tuple[int, int] = (0, 0)) -> tuple[list[Program], tuple[int, int]]:
+    """The expert programs of round n, and the corpus position at which the next round begins: the memory holds one round's at a time.
+
+    s: train.Settings. They are of the embedded world, of a benchmark with solutions, or of a corpus. Raises ValueError as `parse_all`.
+    """
+    least = max(s.e_programs, s.m_programs)
+    if s.data == "world":
+        return parse_all(s, model, enc, "world", solved(bench.world("train", s.experts, seed=100 * n)), s.experts), position
+    if s.data.partition("@")[0].partition(":")[0] in bench.SOURCES:
+        problems = bench.load(s.data, s.data_dir or None, limit=(n + 1) * s.experts)[n * s.experts:]
+        return parse_all(s, model, enc, s.data, solved(problems), least), position
+    corpus = Corpus(s.data, s.column, limit=model.config.context - s.max_rationale, size=lambda text: len(encode_prompt(enc, text)) + 2,
+                    position=tuple(position))
+    texts = ((f"program {i}", "", text) for i, text in enumerate(islice(corpus, s.experts)))
+    return parse_all(s, model, enc, s.data, texts, least), corpus.position
+
+
+def read_commented(s, model: GPT, enc) -> list[Trace]:
+    """Programs with their authors' comments as latents, for a warm start: those with comments at `warm_density` of their lines at least."""
+    corpus = Corpus(standard_library() if s.warm_data == "stdlib" else s.warm_data, s.warm_column, limit=s.row_tokens,
+                    size=lambda text: len(encode_prompt(enc, text)) + 2, comments=True)
+    traces = (elbo.parse_commented(enc, text, model.config.eos_id, s.max_rationale) for text in corpus)
+    out = list(islice((t for t in traces if np.mean(t.thinks()) >= s.warm_density), s.warm_steps * s.m_programs))
+    if len(out) < s.m_programs:
+        raise ValueError(f"--warm-data {s.warm_data}: {len(out)} programs have comments at {s.warm_density:.0%} of their lines, "
+                         f"{s.m_programs} are needed; lower --warm-density, or raise --row-tokens")
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------- the base model
@@ -246,7 +296,7 @@ def pretrain(run, folder: str):
             for optimizer, lr in optimizers:         # warm-up, constant, then down to nothing over the last 40%
                 for group in optimizer.param_groups:
                     group["lr"] = lr * min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.4)
-            n, nats = int(counted(batch).sum()), loss(model, batch)
+            n, nats = int(batch.scored.sum()), loss(model, batch)
             run.update(model, Optimizers(o for o, _ in optimizers), [nats], n)
             total, tokens = run.sum(nats.item(), n)
             seen, step = seen + int(tokens), step + 1

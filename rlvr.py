@@ -52,9 +52,8 @@ def has_signal(rewards: Tensor) -> Tensor:
 
 def token_logprobs(model, batch: Batch) -> Tensor:
     """log pi of every token given those before it: (B, T - 1), at temperature 1, 0 outside of actions."""
-    logits = model(batch.tokens[:, :-1]).float()                                                        # (B, T-1, V)
-    logp = -F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
-    return torch.where(batch.kind[:, 1:] == ACTION, logp.view(len(batch), -1), 0.0)
+    logp = -F.cross_entropy(elbo.logits_of(model, batch).float(), batch.tokens[:, 1:][batch.scored], reduction="none")   # (N,)
+    return logp.new_zeros(batch.scored.shape).masked_scatter(batch.scored, logp)                        # (B, T-1)
 
 
 def grpo_loss(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.28,

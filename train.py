@@ -3,7 +3,7 @@
     python train.py                                         # the embedded world, one process
     torchrun --standalone --nproc-per-node=2 train.py       # the same on two: same draws, same global batches
     python train.py --seeds 5                               # five seeds, means and standard errors in the report
-    python train.py --ablations --seeds 2                   # figures 6 and 7: c, return horizon, persistence, BRiTE, no RL
+    python train.py --ablations all --seeds 2               # figures 6 and 7: c, return horizon, persistence, BRiTE, no RL
     python train.py --pretrain out/base                     # makes the base model that the others start from
     python train.py --resume --name NAME                    # goes on where a killed run stopped
 
@@ -19,7 +19,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
@@ -29,6 +28,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,12 +60,17 @@ class Settings:
     memory: bool = option(False, "print the memory that a GPU will need, and stop; needs no weights")
     resume: bool = option(False, "go on with the run called --name")
     threads: int = option(0, "CPU threads per process; 0: all cores, shared among the ranks (more only get in each other's way)")
-    ablations: bool = option(False, "run the variants of figures 6 and 7 instead of the main experiment")
+    ablations: str = option("", "variants of figures 6 and 7 to run instead of the main experiment: all, or some of ABLATIONS, such as c=0.2,BRiTE")
     pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
     pretrain_tokens: int = option(7_000_000, "solution tokens of that: arithmetic appears after about 2M in a phase change")
     # data
     data: str = option("world", "experts' programs: world; a benchmark with solutions (leetcode:train); or a corpus: a hub name, file or folder")
     column: str = option("text", "the corpus column that holds the programs")
+    rounds: int = option(1, "of E-step and M-step, each with --experts programs of its own; a corpus is read on, and memory holds one round's")
+    warm_data: str = option("", "commented programs to warm a cold base up on, before everything else: a corpus, or stdlib, which every machine has")
+    warm_column: str = option("text", "the column of that corpus")
+    warm_steps: int = option(0, "updates of that warm start, --m-programs each; real bases hardly ever write a comment by themselves")
+    warm_density: float = option(0.1, "least share of lines with a comment of a program used for it")
     benchmark: str = option("world", "held-out problems: world, or a benchmark (humaneval, mbpp, leetcode:test ...)")
     rl_data: str = option("world", "RLVR's problems: world, or a benchmark (mbpp-docstring:train, leetcode:train ...)")
     data_dir: str = option("", "folder with the benchmarks as JSONL files; default: the hub")
@@ -87,11 +92,13 @@ class Settings:
     broken_cost: float = option(0.5, "nats that a malformed rationale costs, more than the best could win back by chance")
     horizon: int = option(6, "lines over which a rationale's effect is credited: a loop is 5 lines long")
     gamma: float = option(0.9, "discount per line in the return")
+    explore: float = option(0.0, "share of gates that rollouts force open; for a cold base, whose gate would open too seldom to learn from")
     max_rationale: int = option(40, "longest rationale in tokens; eight worked-out terms take 31")
     rationales: str = option("learned", "where to think: learned; always (no persistence); first (BRiTE); never")
     # M-step
     m_steps: int = option(100, "updates")
     m_programs: int = option(64, "programs per update")
+    equal_compute: bool = option(True, "also train NTP for as much compute as RA3 took in all")
     m_lr: float = option(3e-4, "AdamW's peak, after 10 steps of warm-up, decaying linearly to a tenth; best for NTP of 1e-4, 3e-4 and 1e-3")
     row_tokens: int = option(256, "length of packed rows; a longer program has a row of its own length")
     # RLVR
@@ -118,9 +125,9 @@ class Settings:
             if not ok:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {what}")
         for f in dataclasses.fields(self):
-            if f.type is int and f.name not in ("seed", "threads", "rl_steps", "e_steps", "m_steps"):
+            if f.type is int and f.name not in ("seed", "threads", "rl_steps", "e_steps", "m_steps", "warm_steps"):
                 need(getattr(self, f.name) >= 1, f.name, "must be at least 1")
-            if f.name in ("rl_steps", "e_steps", "m_steps", "seed", "threads"):
+            if f.name in ("rl_steps", "e_steps", "m_steps", "warm_steps", "seed", "threads"):
                 need(getattr(self, f.name) >= 0, f.name, "must not be negative")
             if f.name.endswith("_lr"):
                 need(0 < getattr(self, f.name) < 1, f.name, "a learning rate lies between 0 and 1")
@@ -131,8 +138,11 @@ class Settings:
         for name in ("c", "beta", "floor", "broken_cost", "e_anchor", "kl", "clip_low", "clip_high"):
             need(getattr(self, name) >= 0, name, "a penalty or weight is not negative")
         need(0 < self.p_think < 1, "p_think", "a probability strictly between 0 and 1 is needed")
+        need(0 <= self.explore < 1, "explore", "a share below 1 is needed; to think everywhere, use --rationales always")
+        need(bool(self.warm_data) == (self.warm_steps > 0), "warm_steps", "--warm-data and --warm-steps go together")
         need(0 < self.gamma <= 1, "gamma", "a discount lies in (0, 1]")
         need(self.rationales in estep.MODES, "rationales", f"expected one of {', '.join(estep.MODES)}")
+        need(self.ablations in ("", "all") or set(self.ablations.split(",")) <= set(ABLATIONS), "ablations", f"expected all, or some of {', '.join(ABLATIONS)}")
         need(not self.resume or bool(self.name), "resume", "say which run, with --name")
         need(not (self.shard and self.offload), "shard", "cannot be had together with --offload")
         need(not self.shard or self.memory or int(os.environ.get("WORLD_SIZE", 1)) > 1, "shard",
@@ -269,12 +279,16 @@ class Run:
         """This rank's share: every ranks-th item."""
         return items[self.rank::self.ranks]
 
+    def gather_lists(self, items: list) -> list[list]:
+        """Every rank's list."""
+        shares: list = [items] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(shares, items)
+        return shares
+
     def gather(self, items: list) -> list:
         """All ranks' shares, put back in order."""
-        if self.ranks == 1:
-            return items
-        shares: list = [None] * self.ranks
-        dist.all_gather_object(shares, items)
+        shares = self.gather_lists(items)
         return [shares[i % self.ranks][i // self.ranks] for i in range(sum(map(len, shares)))]
 
     # log and checkpoints ---------------------------------------------------------------------------------------------
@@ -517,58 +531,42 @@ class Data:
     """What all phases share: the tokenizer, its comment openers, and the problems."""
     enc: object
     openers: torch.Tensor
-    experts: list[elbo.Program]
+    experts: list[elbo.Program]                      # of the first round
+    position: tuple[int, int]                        # where in their corpus the next round begins
+    warm: list[elbo.Trace]                           # programs with their authors' comments
     heldout: list[elbo.Program]                      # the expert programs of the evaluation problems
     eval_problems: list[bench.Problem]
     rl_problems: list[bench.Problem]
+    unfit: dict[str, str]                            # problems left out of RL, and why
 
 
-def load_data(s: Settings, model: GPT, enc) -> Data:
+def load_data(s: Settings, model: GPT, enc, box: Sandbox) -> Data:
     """Experts' programs, held-out problems and RL problems: of the embedded world, or from files and the hub by name.
 
     Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
     """
-    eos, room = model.config.eos_id, model.config.context - s.max_rationale
-
-    def programs(name: str, texts, least: int) -> list[elbo.Program]:
-        out, n = [], 0
-        for n, (where, prompt, solution) in enumerate(texts, 1):
-            try:
-                p = elbo.parse(enc, prompt, solution, eos)
-            except ValueError as e:
-                raise ValueError(f"{name}: {where}: {e}") from None
-            out += [p] if len(p) <= room else []
-        if len(out) < least:
-            raise ValueError(f"{name}: {len(out)} of {n} programs fit the context with room for a rationale ({room} tokens), "
-                             f"{least} are needed; give more or shorter programs, or a model with a longer context")
-        return out
-
-    def solved(problems):
-        return ((p.id, p.prompt, p.solution) for p in problems if p.solution)
-    least = max(s.e_programs, s.m_programs)
-    if s.data == "world":
-        experts = programs("world", solved(bench.world("train", s.experts, seed=0)), s.experts)
-    elif s.data.partition("@")[0].partition(":")[0] in bench.SOURCES:
-        experts = programs(s.data, solved(bench.load(s.data, s.data_dir or None, limit=s.experts)), least)
-    else:
-        corpus = mstep.Corpus(s.data, s.column, limit=room, size=lambda text: len(encode_prompt(enc, text)) + 2)
-        experts = programs(s.data, ((f"program {i}", "", text) for i, text in enumerate(itertools.islice(corpus, s.experts))), least)
     if s.benchmark == "world":
         evaluation = bench.world("eval", s.eval_problems, seed=0)
     else:
         evaluation = bench.load(s.benchmark, s.data_dir or None, limit=s.eval_problems)
-    rl = bench.world("train", s.rl_pool, seed=1) if s.rl_data == "world" else bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
+    if s.rl_data == "world":                         # fit by construction
+        rl, unfit = bench.world("train", s.rl_pool, seed=1), {}
+    else:
+        rl = bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
+        rl, unfit = bench.fit_for_rl(rl, box) if s.rl_steps else (rl, {})
     for name, problems in ((s.benchmark, evaluation), (s.rl_data, rl)):
         for p in problems:
             if (n := len(encode_prompt(enc, p.prompt))) + s.max_new_tokens > model.config.context:
                 raise ValueError(f"{name}: the prompt of {p.id} has {n} tokens, which with --max-new-tokens {s.max_new_tokens} exceeds the context "
                                  f"of {model.config.context}")
     if len(rl) < s.rl_problems:
-        raise ValueError(f"{s.rl_data}: {len(rl)} problems, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
+        raise ValueError(f"{s.rl_data}: {len(rl)} problems are fit for RL, {len(unfit)} are not, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
     if not any(p.solution for p in evaluation):
         raise ValueError(f"{s.benchmark} has no solutions, which the held-out cross-entropy needs; choose a benchmark that has")
-    heldout = programs(s.benchmark, solved(evaluation), 1)
-    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, heldout, evaluation, rl)
+    experts, position = mstep.read_experts(s, model, enc)
+    heldout = mstep.parse_all(s, model, enc, s.benchmark, mstep.solved(evaluation), 1)
+    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, position, mstep.read_commented(s, model, enc) if s.warm_data else [],
+                heldout, evaluation, rl, unfit)
 
 
 class Scorer:
@@ -619,31 +617,59 @@ def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
                 think_other=rate(False), forms={form: [n, z / n] for form, (n, z) in sorted(sorted(seen.items(), key=lambda x: -x[1][0])[:20])}, programs=programs)
 
 
+def rounds(run: Run, model: GPT, data: Data):
+    """Yield, for each round, the suffix of its stages' names and the data with its expert programs, read on in the corpus."""
+    yield "", data
+    for n in range(1, run.s.rounds):
+        start = run.once(f"corpus.{n + 1}", lambda: {"position": data.position})["position"]
+        experts, position = mstep.read_experts(run.s, model, data.enc, n, start)
+        data = dataclasses.replace(data, experts=experts, position=position)
+        yield f".{n + 1}", data
+
+
 def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
-    """E-step, infusion, M-step: from the base to RA3."""
-    s = run.s
+    """From the base to RA3: E-step, infusion and M-step, each round on programs of its own."""
+    s, model = run.s, base
     mode = "never" if math.isinf(s.c) else s.rationales                          # c = infinity: nothing is worth a rationale
-    q = base if mode == "never" else run.stage("estep", base, lambda m: estep.e_step(run, m, data))
-    run.meter(q)
-    began, before = time.time(), run.compute
-    train = estep.infuse(run, q, data, data.experts, "experts", mode)
-    run.once("cost/infuse", lambda: dict(seconds=round(time.time() - began, 1), compute=int(run.sum(run.compute - before)[0])))
-    heldout = estep.infuse(run, q, data, data.heldout, "heldout", mode)
-    run.once("rationales", lambda: think_table(data, heldout))
-    return run.stage("ra3", q, lambda m: mstep.m_step(run, "ra3", m, data, train, heldout, s.m_steps, scorer.greedy))
+    for tag, data in rounds(run, base, data):
+        q = start = model
+        if mode != "never":
+            q = run.stage("estep" + tag, start, lambda m: estep.e_step(run, "estep" + tag, m, data))
+            for name, writer in (("start", start), ("estep", q)):                # pi, the judge, is the start both times
+                run.once(f"gain/{name}{tag}", lambda: estep.rationale_gain(
+                    run, start, data, data.heldout, estep.infuse(run, writer, data, data.heldout, "heldout", mode, s.explore)))
+        run.meter(q)
+        began, before = time.time(), run.compute
+        train = estep.infuse(run, q, data, data.experts, "experts" + tag, mode)
+        run.once("cost/infuse" + tag, lambda: dict(seconds=round(time.time() - began, 1), compute=int(run.sum(run.compute - before)[0])))
+        heldout = estep.infuse(run, q, data, data.heldout, "heldout", mode)
+        run.once("rationales" + tag, lambda: think_table(data, heldout))
+        model = run.stage("ra3" + tag, q, lambda m: mstep.m_step(run, "ra3" + tag, m, data, train, heldout, s.m_steps, scorer.greedy))
+    return model
 
 
 def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
-    """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three."""
+    """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three. A warm start, if any, makes the base of all."""
     s, scorer = run.s, Scorer(run, data, box)
-    plain, plain_heldout = ([p.trace() for p in programs] for programs in (data.experts, data.heldout))
+    run.once("unfit for RL", lambda: data.unfit)
+    heldout = [p.trace() for p in data.heldout]
+    if s.warm_steps:
+        run.once("eval/cold", lambda: scorer.full(base))
+        base = run.stage("warm", base, lambda m: mstep.m_step(run, "warm", m, data, data.warm, heldout, s.warm_steps, scorer.greedy))
 
     def ntp(name: str, n: int) -> GPT:
-        return run.stage(name, base, lambda m: mstep.m_step(run, name, m, data, plain, plain_heldout, n, scorer.greedy))
+        model = base
+        for tag, part in rounds(run, base, data):
+            plain = [p.trace() for p in part.experts]
+            model = run.stage(name + tag, model, lambda m: mstep.m_step(run, name + tag, m, data, plain, heldout, n, scorer.greedy))
+        return model
     arms = {"base": base, "ra3": mid_training(run, base, data, scorer), "ntp": ntp("ntp", s.m_steps)}
-    # As much compute, in tokens through the model, as RA3's E-step and M-step took together.
-    spent = {r["key"]: r["compute"] for r in run.records if r.get("key", "").startswith("cost/")}
-    arms["ntp-long"] = ntp("ntp-long", round(s.m_steps * sum(spent.get(f"cost/{part}", 0) for part in ("estep", "infuse", "ra3")) / spent["cost/ntp"]))
+    if s.equal_compute:                              # in tokens through the model, for RA3's E-step, infusion and M-step together
+        spent = Counter()
+        for r in run.records:
+            if r.get("key", "").startswith("cost/"):
+                spent[r["key"][5:].partition(".")[0]] += r["compute"]
+        arms["ntp-long"] = ntp("ntp-long", round(s.m_steps * (spent["estep"] + spent["infuse"] + spent["ra3"]) / spent["ntp"]))
     for name, model in arms.items():
         run.once(f"eval/{name}", lambda: scorer.full(model))
     for name in ("base", "ntp", "ra3") if s.rl_steps else ():
@@ -660,6 +686,11 @@ ABLATIONS = {                                                                   
     "BRiTE": dict(rationales="first", horizon=WHOLE, gamma=1.0, max_rationale=120),   # room for all of its steps
     "no RL": dict(e_steps=0),
 }
+
+
+def chosen(s: Settings) -> dict[str, dict]:
+    """The ablations that --ablations names."""
+    return {name: flags for name, flags in ABLATIONS.items() if s.ablations == "all" or name in s.ablations.split(",")}
 
 
 def ablation(run: Run, base: GPT, data: Data, box: Sandbox):
@@ -705,8 +736,17 @@ class Results:
         return [r[name] for log in self.logs for r in log if r.get("key") == key]
 
     def curve(self, phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (n,) and values (seeds, n)."""
-        rows = [[(r["step"], r[name]) for r in log if r.get("phase") == phase and name in r] for log in self.logs]
+        """Steps (n,) and values (seeds, n), the rounds of a phase one behind the other."""
+        rows = []
+        for log in self.logs:
+            rows.append([])
+            first, last, round_ = 0, 0, phase
+            for r in log:
+                if r.get("phase", "").partition(".")[0] == phase and name in r:
+                    if r["phase"] != round_:
+                        first, round_ = last, r["phase"]
+                    last = first + r["step"]
+                    rows[-1].append((last, r[name]))
         n = min(map(len, rows))
         return np.array([s for s, _ in rows[0][:n]]), np.array([[v for _, v in row[:n]] for row in rows])
 
@@ -730,20 +770,21 @@ def plot(path: Path, title: str, ylabel: str, curves: dict[str, tuple[np.ndarray
     plt.close(fig)
 
 
-ARMS = {"base": "base", "ntp": "NTP", "ntp-long": "NTP, RA3's compute", "ra3": "RA3"}
+ARMS = {"cold": "base, before its warm-up", "base": "base", "ntp": "NTP", "ntp-long": "NTP, RA3's compute", "ra3": "RA3"}
 
 
 def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md and the figures of the main experiment; returns the numbers of its last line."""
     res = Results([folder / f"seed{seed}" for seed in seeds])
     rl = [a for a in ("base", "ntp", "ra3") if res.value(f"eval/rlvr-{a}", "greedy")]
-    rows = [(ARMS[a], f"eval/{a}") for a in ARMS] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
+    arms = [a for a in ARMS if res.value(f"eval/{a}", "greedy")]
+    rows = [(ARMS[a], f"eval/{a}") for a in arms] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
     table = ["| model | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|"]
     table += ["| " + " | ".join([label] + [percent(res.value(key, k)) for k in ("greedy", "pass@1", "pass@5")]) + " |" for label, key in rows]
     text = [f"# {folder.name}: {len(seeds)} seed(s), {s.eval_problems} held-out problems", "",
             "Percent solved, mean ± standard error over seeds.", "", *table, ""]
     numbers: dict = {key.removeprefix("eval/"): {k: round(mean_se(res.value(key, k))[0], 4) for k in ("greedy", "pass@1", "pass@5")} for _, key in rows}
-    for a, b in (("ra3", "ntp"), ("ra3", "ntp-long"), ("ra3", "base")):
+    for a, b in (("ra3", b) for b in ("ntp", "ntp-long", "base") if b in arms):
         for k in ("greedy", "pass@1"):
             x, y = res.value(f"eval/{a}", k), res.value(f"eval/{b}", k)
             p = paired_p(x, y)
@@ -758,6 +799,14 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     text += [f"Held-out programs, infused by q: a rationale before {think['think']}% of lines; {think['think_needed']}% where a computation "
              f"is needed, {think['think_other']}% elsewhere.", "", "| line | lines | think |", "|---|---|---|"]
     text += [f"| `{form}` | {n} | {z:.0%} |" for form, (n, z) in res.value("rationales", "forms")[0].items()]
+    if any(res.value("gain/estep", "lines")):
+        text += ["", "What a rationale is worth at the line before which it stands, to the model that the E-step started from (held-out programs, first seed):", "",
+                 "| rationales by | lines | nats per line: without | with | with another program's | gain | gain of another's |", "|---|---|---|---|---|---|---|"]
+        for writer, label in (("start", "the start"), ("estep", "q after the E-step")):
+            for g in (r for r in res.logs[0] if r.get("key") == f"gain/{writer}" and r["lines"]):
+                text.append(f"| {label} | {g['lines']} | {g['without']:.3f} | {g['with']:.3f} | {g['shuffled']:.3f} | "
+                            f"{g['gain']:+.3f} ± {g['gain_se']:.3f} | {g['gain_shuffled']:+.3f} ± {g['gain_shuffled_se']:.3f} |")
+                numbers[f"gain {writer}"] = round(g["gain"], 4)
     text += ["", "## Figure 2: programs before and after infusion", ""]
     for before, after in res.value("rationales", "programs")[0][:4]:
         text += ["```python", before.replace("<|endoftext|>", "").rstrip(), "```", "", "```python", after.replace("<|endoftext|>", "").rstrip(), "```", ""]
@@ -765,7 +814,7 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     mid = ("ntp", "ra3")
     plot(folder / "mstep_nll.png", "Held-out cross-entropy, same action tokens", "nats per action token", {ARMS[a]: res.curve(a, "nll") for a in mid})
     plot(folder / "mid_accuracy.png", "Accuracy during mid-training", "greedy pass@1", {ARMS[a]: res.curve(a, "greedy") for a in mid})
-    last = {a: np.array([[r["nll"] for r in log if r.get("phase") == a and "nll" in r][-1] for log in res.logs]) for a in ("ntp", "ntp-long", "ra3")}
+    last = {a: res.curve(a, "nll")[1][:, -1] for a in ("ntp", "ntp-long", "ra3") if a in arms}
     text += ["## Figures 3 and 4: the M-step", "", "![cross-entropy](mstep_nll.png) ![accuracy](mid_accuracy.png)", "",
              "Action cross-entropy at the end, nats per token: " + ", ".join(f"{ARMS[a]} {mean_se(v)[0]:.4f} ± {mean_se(v)[1]:.4f}" for a, v in last.items()) + ".", ""]
     numbers |= {f"nll {a}": round(float(v.mean()), 5) for a, v in last.items()} | {k: round(float(np.mean(res.value("rationales", k))), 4) for k in think}
@@ -786,16 +835,19 @@ def report_ablations(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md of the ablations; returns the numbers of its last line."""
     text = ["| variant | think rate | action cross-entropy (nats/token) | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|---|---|"]
     numbers, curves = {}, {}
-    for name in ABLATIONS:
+    for name in chosen(s):
         res = Results([folder / slug(name) / f"seed{seed}" for seed in seeds])
         nll = res.curve("ra3", "nll")[1][:, -1]
         text.append(f"| {name} | {percent(res.value('rationales', 'think'))}% | {mean_se(nll)[0]:.4f} | " +
                     " | ".join(percent(res.value("eval/ra3", k)) for k in ("greedy", "pass@1", "pass@5")) + " |")
         numbers[name] = {k: round(mean_se(res.value("eval/ra3", k))[0], 4) for k in ("greedy", "pass@1", "pass@5")}
         curves[name] = res.curve("ra3", "greedy")
-    plot(folder / "ablation_c.png", "The penalty c", "greedy pass@1", {k: v for k, v in curves.items() if k.startswith("c=")})
-    plot(folder / "ablation_other.png", "What makes the difference", "greedy pass@1", {k: v for k, v in curves.items() if not k.startswith("c=") or k == f"c={s.c:g}"})
-    body = [f"# {folder.name}: ablations, {len(seeds)} seed(s)", "", *text, "", "![c](ablation_c.png) ![others](ablation_other.png)"]
+    body = [f"# {folder.name}: ablations, {len(seeds)} seed(s)", "", *text, ""]
+    penalties = {k for k in curves if k.startswith("c=")}
+    for file, title, names in (("ablation_c", "The penalty c", penalties), ("ablation_other", "What makes the difference", curves.keys() - penalties | {f"c={s.c:g}"})):
+        if some := {k: v for k, v in curves.items() if k in names}:
+            plot(folder / f"{file}.png", title, "greedy pass@1", some)
+            body.append(f"![{title}]({file}.png)")
     write_text(folder / "report.md", "\n".join(body) + "\n")
     print("\n".join(text))
     return numbers
@@ -862,15 +914,17 @@ def main(s: Settings):
     half = s.offload or (s.shard and torch.cuda.is_available())       # real bases are stored so: nothing is lost, and main memory is saved
     base, enc = load_pretrained(s.model, dtype=torch.bfloat16 if half else torch.float32)
     base.grad_checkpoint, base.config.context = s.checkpoint_blocks, min(s.context, base.config.context)
-    data = load_data(s, base, enc)                   # before anything is written: bad data leaves nothing behind
-    data.openers = data.openers.to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
-    shared = [str(start_folder(s)) if first else None]
-    if ranks > 1:
-        dist.broadcast_object_list(shared)
-    folder, seeds = Path(shared[0]), list(range(s.seed, s.seed + s.seeds))
-    variants = ABLATIONS if s.ablations else {"": {}}
+    variants, seeds = chosen(s) if s.ablations else {"": {}}, list(range(s.seed, s.seed + s.seeds))
     began = time.time()
-    with Sandbox(workers=max(1, len(os.sched_getaffinity(0)) // ranks)) as box:
+    with Sandbox() as box:
+        data = load_data(s, base, enc, box)          # before anything is written: bad data leaves nothing behind
+        data.openers = data.openers.to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
+        if first and data.unfit:
+            print(f"{s.rl_data}: {len(data.rl_problems)} problems are fit for RL; of {len(data.unfit)} the reference fails or a trivial program passes")
+        shared = [str(start_folder(s)) if first else None]
+        if ranks > 1:
+            dist.broadcast_object_list(shared)
+        folder = Path(shared[0])
         for name, flags in variants.items():
             for seed in seeds:
                 run = Run(dataclasses.replace(s, **flags), folder / slug(name) / f"seed{seed}", seed)

@@ -7,7 +7,7 @@ import tiktoken
 import torch
 
 import elbo
-from elbo import ACTION, FREE, LATENT, PROMPT, Trace
+from elbo import ACTION, FREE, LATENT, NO_GATE, PROMPT, Trace
 from model import GPT, GPTConfig
 
 GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -105,6 +105,21 @@ def test_a_rationale_at_a_decision_point_is_a_comment_line_of_a_valid_program(pa
     assert elbo.strip_comments(text) == elbo.strip_comments(CODE)
 
 
+@pytest.mark.parametrize("pattern", [GPT2, LLAMA3])
+def test_an_authors_comments_become_the_latents(pattern):
+    enc, eos = encoding(pattern), encoding(pattern).eot_token
+    source = ("# a block of\n# two lines\nx = 1\n# set y\ny = 2\ndef f(a):\n    # loop over a\n    for b in a:\n# elsewhere\n        print(b)  # beside\n"
+              "    s = '''\n# no comment\n    '''\n\t# by a tab\n\treturn s\n#\nz = 3\n# left over\n").replace("\t", "    ")
+    t = elbo.parse_commented(enc, source, eos, 40)
+    latents = "".join(enc.decode([x]) if k == LATENT else "|" for x, k in zip(t.tokens, t.kind))
+    assert [x.strip() for x in latents.split("|") if x.strip()] == ["# set y", "# loop over a", "# by a tab"]
+    kept = source.replace("# a block of\n# two lines\n", "").replace("# elsewhere\n", "").replace("#\nz", "z").replace("# left over\n", "")
+    assert t.tokens == [eos, *enc.encode_ordinary(kept), eos] and enc.decode(t.tokens[1:-1]) == kept
+    openers = elbo.opener_mask(enc)
+    assert all(g == NO_GATE or bool(openers[x]) == (k == LATENT) for x, k, g in zip(t.tokens, t.kind, t.gate))
+    assert not any(elbo.parse_commented(enc, source, eos, 2).thinks())
+
+
 @pytest.mark.parametrize("bad", ["", "   \n", "def f(:\n", "x = (1,\n", "  x = 1\n y = 2\n"])
 def test_what_is_not_a_program_is_refused_in_one_sentence(enc, bad):
     with pytest.raises(ValueError) as e:
@@ -128,8 +143,8 @@ def test_log_q_and_log_pi_add_up_to_the_log_probability_of_the_infused_text(enc)
     model, trace = tiny(0, enc), infused(enc)
     batch = elbo.collate([trace, infused(enc)])
     openers = elbo.opener_mask(enc)
-    logits = elbo.logits_of(model, batch)
-    gate, token = elbo.score(logits, batch, openers)
+    gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
+    logits = model(batch.tokens[:, :-1])
     logp = logits.log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
     total = elbo.log_q(gate, token, batch) + elbo.log_pi(token, batch)
     n = trace.kind.count(PROMPT)

@@ -1,4 +1,6 @@
 """The E-step: the batched sampler against line-by-line decoding, the estimator against the exact gradient by enumeration."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiktoken
@@ -6,6 +8,7 @@ import torch
 
 import elbo
 import estep
+import train
 from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Trace
 from model import GPT, GPTConfig, pick
 
@@ -207,12 +210,12 @@ def test_expert_tokens_carry_no_gradient_and_gates_and_rationales_do(enc):
     logits = elbo.logits_of(model, batch).detach().requires_grad_()
     loss = estep.reinforce_loss(elbo.log_q(*elbo.score(logits, batch, openers), batch), torch.tensor([[1.0, -2.0]]), batch)
     loss.backward()
-    moved = logits.grad[0].abs().sum(-1) > 1e-9
-    #              prompt     #     a     \n    x     x      \n     a     \n     eos
-    assert moved.tolist() == [False, True, True, True, True, False, False, True, False, False]
+    moved = logits.grad.abs().sum(-1) > 1e-9
+    #                         #     a     \n    x     x      \n     a     \n     eos
+    assert moved.tolist() == [True, True, True, True, False, False, True, False, False]
     # At an act gate the expert's token itself is not preferred to other lines that could follow.
-    at = logits.grad[0, 4]
-    p = logits[0, 4].detach().softmax(-1)
+    at = logits.grad[3]
+    p = logits[3].detach().softmax(-1)
     ratio = (at / p)[~openers]
     assert torch.allclose(ratio, ratio[0].expand_as(ratio))
 
@@ -252,6 +255,61 @@ def test_modes_think_where_they_say(enc, mode, where):
         assert mode == "never" or FREE not in openings                  # nothing of what the experiment chose is q's
 
 
+def test_exploration_forces_gates_open_and_takes_no_credit_for_it(enc):
+    """A model that never thinks does so at about the share asked for; those gates are no choice of q's, their rationales are."""
+    model, openers, p = tiny(1), elbo.opener_mask(enc), program(enc)
+    shy = lambda tokens, **kw: model(tokens, **kw) - 40.0 * openers
+    shy.config, shy.device, shy.parameters = model.config, model.device, model.parameters
+    seeds = [[5, i] for i in range(400)]
+    assert not any(any(t.thinks()) for t in estep.rollout(shy, enc, [p] * 400, seeds, openers, max_rationale=MAX))
+    traces = estep.rollout(shy, enc, [p] * 400, seeds, openers, max_rationale=MAX, explore=0.3)
+    share = sum(sum(t.thinks()) for t in traces) / 800
+    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 800) ** 0.5
+    for t in traces:
+        for kind, gate, before in zip(t.kind[1:], t.gate[1:], t.kind):
+            assert gate != FREE or kind == ACTION                       # no opened gate is q's choice
+    batch = elbo.collate([t for t in traces if any(t.thinks())][:8])
+    gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
+    forced = (batch.gate[:, 1:] == elbo.FORCED) & (batch.kind[:, 1:] == LATENT)
+    torch.testing.assert_close(elbo.log_q(gate, token, batch)[forced], token[forced])
+    assert (gate[forced] < -0.01).all()                                 # there was something to leave out
+
+
+def test_the_shuffled_control_swaps_what_is_said_and_nothing_else(enc):
+    programs = [elbo.parse(enc, "a\n", text, EOS) for text in ("x\na\n", "xx\n", "ax\nx\n")]
+    infused = []
+    for p, said in zip(programs, ("#a\n", "#x\n", "#xx\n")):
+        t = Trace()
+        t.add(p.prompt, PROMPT)
+        t.add(enc.encode_ordinary(said), LATENT, 0, FREE)
+        for i, line in enumerate(p.lines):
+            t.add(line, ACTION, i, FREE)
+        infused.append(t)
+    for seed in range(5):
+        for own, other in zip(infused, estep.shuffled(enc, programs, infused, seed)):
+            latent, actions = ([[x for x, k in zip(t.tokens, t.kind) if k == kind] for t in (own, other)] for kind in (LATENT, ACTION))
+            assert own.thinks() == other.thinks() and actions[0] == actions[1] and latent[0] != latent[1]
+            assert latent[1] in [[x for x, k in zip(t.tokens, t.kind) if k == LATENT] for t in infused]
+
+
+def test_the_gain_of_a_rationale_is_that_of_the_likelihoods(enc, tmp_path):
+    """Against the definition, one program at a time without padding."""
+    model, openers, p = tiny(3), elbo.opener_mask(enc), program(enc)
+    drawn = estep.rollout(model, enc, [p] * 200, [[4, i] for i in range(200)], openers, max_rationale=MAX, explore=0.9)
+    infused = [estep.without_broken(t) for t in drawn]
+    run, data = train.Run(train.Settings(micro_batch=33), tmp_path, 0), SimpleNamespace(enc=enc, openers=openers)
+    got = estep.rationale_gain(run, model, data, [p] * 200, infused)
+
+    def line_nll(trace, t):
+        batch = elbo.collate([trace])
+        return -elbo.by_line(elbo.log_pi(elbo.score(elbo.logits_of(model, batch), batch, openers)[1], batch), batch, len(p.lines))[0, t].item()
+    own = [line_nll(t, i) for t in infused for i, z in enumerate(t.thinks()) if z]
+    none = [line_nll(p.trace(), i) for t in infused for i, z in enumerate(t.thinks()) if z]
+    assert got["lines"] == len(own) > 5 and got["with"] == pytest.approx(np.mean(own)) and got["without"] == pytest.approx(np.mean(none))
+    assert got["gain"] == pytest.approx(np.mean(none) - np.mean(own)) and got["gain_se"] > 0
+    assert estep.rationale_gain(run, model, data, [p], [p.trace()]) == {"lines": 0}
+
+
 def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
     model, openers = tiny(1), elbo.opener_mask(enc)
     p = program(enc)
@@ -269,6 +327,6 @@ def test_the_trust_region_is_zero_at_pi_and_blind_to_the_gate(enc):
     batch = elbo.collate([program(enc).trace()])
     logits = elbo.logits_of(model, batch).detach()
     assert estep.anchor_loss(logits, logits, batch, openers).item() == pytest.approx(0, abs=1e-12)
-    gates = (batch.gate[:, 1:] != 0)[..., None] & openers
+    gates = (batch.gate[:, 1:] != 0)[batch.scored][:, None] & openers
     assert estep.anchor_loss(logits + 3.0 * gates, logits, batch, openers).item() == pytest.approx(0, abs=1e-6)
     assert estep.anchor_loss(logits + torch.randn_like(logits), logits, batch, openers) > 0.01

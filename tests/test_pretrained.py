@@ -3,6 +3,7 @@
 With RA3_SMOLLM2=<folder of SmolLM2-135M> in the environment, also that real model.
 """
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -17,7 +18,9 @@ import regex    # which tiktoken brings
 import tiktoken
 import torch
 
+import bench
 import elbo
+import mstep
 from model import GPT, GPT2, GPT2_TIKTOKEN, GPTConfig, encode_prompt, generate, load_pretrained, load_tokenizer, save_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -290,6 +293,37 @@ def test_the_begin_of_text_token_stands_where_tokenizers_puts_it(corpus, tmp_pat
             assert program.prompt + sum(program.lines, []) == expected + [0] if prompt or enc.bos else [0, *expected, 0]
 
 
+DATA = Path(os.environ.get("RA3_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """(prompt, solution) of all MBPP and LeetCode problems, and 500 pieces of the standard library."""
+    if not (DATA / "leetcode_dataset").is_dir():
+        pytest.skip("no leetcode_dataset in ../shared/data")
+    names = [f"mbpp-docstring:{split}" for split in ("prompt", "train", "validation", "test")] + ["leetcode:train"]
+    library = mstep.Corpus(mstep.standard_library(), limit=2000)
+    return [(p.prompt, p.solution) for name in names for p in bench.load(name, DATA) if p.solution] + [("", t) for t in itertools.islice(library, 500)]
+
+
+def assert_pieces_join(enc, programs) -> str:
+    """Cut at the decision points and tokenised piece by piece, each program has the tokens of the whole."""
+    lines, openers = 0, elbo.opener_mask(enc)
+    for prompt, solution in programs:
+        p = elbo.parse(enc, prompt, solution, 0)
+        pieces = p.prompt + sum(p.lines, [])
+        assert (pieces if prompt or getattr(enc, "bos", []) else pieces[1:]) == encode_prompt(enc, prompt + solution) + [0], (prompt, solution)
+        assert not any(openers[line[0]] for line in p.lines)
+        lines += len(p.lines)
+    return f"{len(programs):,} programs, {lines:,} decision points: pieces join"
+
+
+@pytest.mark.parametrize("kind", ["smollm2", "llama3", "qwen"])
+def test_pieces_of_real_programs_join_to_the_tokens_of_the_whole(kind, programs, tmp_path):
+    train(kind, [a + b for a, b in programs], 6000).save(str(tmp_path / "tokenizer.json"))
+    assert_pieces_join(load_tokenizer(tmp_path), programs)
+
+
 def test_padding_rows_of_the_vocabulary_are_neither_drawn_nor_scored(tmp_path):
     """Qwen's matrices have a few hundred rows more than its tokenizer has tokens."""
     enc = tiktoken.Encoding("bytes", pat_str=GPT2, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={"<|endoftext|>": 256})
@@ -515,6 +549,11 @@ def test_real_smollm2_tokens(corpus):
     texts = strings(corpus, 10_000) + files
     assert_same_tokens(enc, tok, texts)
     print(f"\n{len(texts)} strings, {sum(map(len, texts)):,} characters: tokens equal")
+
+
+@real
+def test_real_smollm2_pieces_join(programs):
+    print("\n" + assert_pieces_join(load_tokenizer(SMOLLM2), programs))
 
 
 @real

@@ -283,7 +283,9 @@ if "--shard" in flags:
 s = train.parse_flags(flags)
 base, enc = load_pretrained(s.model)
 base.grad_checkpoint = s.checkpoint_blocks
-data = train.load_data(s, base, enc)
+box = Sandbox(workers=1)
+data = train.load_data(s, base, enc, box)
+plain, heldout = [p.trace() for p in data.experts], [p.trace() for p in data.heldout]
 
 def story(where, cut=None):
     run = train.Run(s, folder / where, 0)
@@ -294,12 +296,10 @@ def story(where, cut=None):
         log(**record)
     if cut is not None:
         run.log = interrupted
-    q = run.stage("estep", base, lambda m: estep.e_step(run, m, data))
-    m = run.stage("ra3", q, lambda m: mstep.m_step(run, "ra3", m, data, [p.trace() for p in data.experts], data.heldout_traces, s.m_steps))
-    with Sandbox(workers=1) as box:
-        run.stage("rlvr", base, lambda m: rlvr.grpo(run, "rlvr", m, data, box, lambda m: 0.0))
+    q = run.stage("estep", base, lambda m: estep.e_step(run, "estep", m, data))
+    run.stage("ra3", q, lambda m: mstep.m_step(run, "ra3", m, data, plain, heldout, s.m_steps))
+    run.stage("rlvr", base, lambda m: rlvr.grpo(run, "rlvr", m, data, box, lambda m: 0.0))
 
-data.heldout_traces = [p.trace() for p in data.heldout]
 story("whole")
 if "--shard" in flags:
     try:
@@ -307,6 +307,8 @@ if "--shard" in flags:
     except KeyboardInterrupt:
         assert (folder / "cut/state.pt").exists()
     story("cut")
+box.close()
+if "--shard" in flags:
     dist.destroy_process_group()
 """
 TINY = ("--experts 16 --eval-problems 2 --e-steps 4 --e-programs 3 --e-rollouts 2 --m-steps 3 --m-programs 6 --rl-steps 2 --rl-problems 3 --rl-group 4 "
