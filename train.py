@@ -6,6 +6,7 @@
     python train.py --ablations all --seeds 2               # figures 6 and 7: c, return horizon, persistence, BRiTE, no RL
     python train.py --pretrain out/base                     # makes the base model that the others start from
     python train.py --resume --name NAME                    # goes on where a killed run stopped
+    python train.py --preset qwen2.5-1.5b --memory          # what a recipe for a real model needs; without --memory, runs it
 
 A run leaves runs/<name>/: config.json, metrics.jsonl, a checkpoint per stage, report.md and its figures.
 
@@ -144,45 +145,45 @@ class Settings:
         need(self.rationales in estep.MODES, "rationales", f"expected one of {', '.join(estep.MODES)}")
         need(self.ablations in ("", "all") or set(self.ablations.split(",")) <= set(ABLATIONS), "ablations", f"expected all, or some of {', '.join(ABLATIONS)}")
         need(not self.resume or bool(self.name), "resume", "say which run, with --name")
-        need(not (self.shard and self.offload), "shard", "cannot be had together with --offload")
+        need(not (self.shard and (self.offload or self.pretrain)), "shard", "cannot be had together with --offload or --pretrain")
         need(not self.shard or self.memory or int(os.environ.get("WORLD_SIZE", 1)) > 1, "shard",
              "needs several processes; start with torchrun --standalone --nproc-per-node=8")
 
 
-# Recipes: what differs from the defaults above. That they fit their cards is predicted (`--preset NAME --memory`, a test holds them to it); what they
-# reach has not been measured, and none of their learning rates is tuned: they are the usual ones for full fine-tuning at these sizes.
+# Recipes: what differs from the defaults above. That they fit their cards is predicted (`--preset NAME --memory`, and a test holds them to it). What
+# they reach and how long they take has not been measured, and nothing in them is tuned: learning rates are the usual ones at these sizes.
 REAL = dict(
     data="codeparrot/codeparrot-clean", column="content",    # 5M Python files from GitHub, deduplicated; the hub serves them as a stream
-    benchmark="mbpp-docstring",                              # held-out cross-entropy needs solutions, which HumanEval+ and LiveCodeBench lack
-    rl_data="leetcode:train", rl_pool=1024,                  # 2.6k problems with dozens of tests each, none of them in MBPP
-    eval_problems=400,                                       # a standard error of 2.5 points; later ones have prompts of 4,000 characters
-    context=1536, row_tokens=1536,                           # LeetCode's longest prompt, about 800 tokens, and the answer; rows are packed full
-    max_new_tokens=512,                                      # LeetCode's longest reference solutions; rarely more than 300
-    max_rationale=64,                                        # a sentence; the world's arithmetic needs less
+    benchmark="mbpp-docstring",                              # held-out cross-entropy needs solutions, which LiveCodeBench lacks
+    rl_data="leetcode:train", rl_pool=1024,
+    eval_problems=400,                                       # a standard error of 2.5 points at most; two of the last hundred have very long prompts
+    context=1536, row_tokens=1536,                           # LeetCode's longest prompt, 2,100 characters, and the answer; packed rows are filled
+    max_new_tokens=512,                                      # 99 in 100 of LeetCode's solutions have at most 1,500 characters
+    max_rationale=64,                                        # a sentence or two
     horizon=16,                                              # real blocks are longer than the world's loops of 5 lines
-    experts=32_768,                                          # 200 updates of 128 programs see most of them once: web code is not repeated
-    e_rollouts=4, e_programs=32,                             # as many rollouts as before, on more programs: real ones differ more
-    e_steps=100, m_steps=200, m_programs=128, rl_steps=100, rl_problems=32, save_every=20,
-    sample_batch=64,                                         # what decoding gains beyond it is little, what its cache takes is not
+    experts=8192,                                            # 200 updates of 64 programs read them one and a half times
+    e_rollouts=4, e_programs=32,                             # as many rollouts as the world's, on more programs: real ones differ more
+    e_steps=100, m_steps=200, rl_steps=100, rl_problems=32, save_every=20,
+    sample_batch=64,                                         # what its cache takes would otherwise be the most of all
 )
 BILLION = dict(REAL, checkpoint_blocks=True, micro_batch=8,  # without, the E-step on one program's four versions would take 84 GB (Qwen2.5)
-               e_lr=5e-6, m_lr=1e-5,                   # Adam moves every weight by about this much per update, and they are about 0.02
-               rl_lr=1e-6)                                   # what GRPO is usually run with (DAPO, Dr. GRPO); rewards are noisier than text
+               e_lr=5e-6, m_lr=1e-5,                         # Adam moves a weight by about this much per update; weights are about 0.02
+               rl_lr=1e-6)                                   # what GRPO is mostly run with; rewards are noisier than text
 SMALL_CARD = dict(offload=True,                              # float32 weights, gradients and moments are 16 bytes per weight: 25 GB for 1.5B
                   micro_batch=2)                             # a row of 1,536 tokens has 2.8 GB of logits and their gradients when V = 152k
-ROOM = 0.9e9                # bytes per GB of a card that a prediction may fill; the CUDA context and fragments take one or two GB
+ROOM = 0.9e9                # bytes per GB of a card that a prediction may fill: the CUDA context and fragments take one or two GB
 PRESETS: dict[str, dict] = {
     "world": {},
-    # One GPU, minutes: a small enough model for larger learning rates, and fewer updates.
-    "smollm2-135m": dict(REAL, model="HuggingFaceTB/SmolLM2-135M", experts=8192, e_lr=2e-5, m_lr=5e-5, rl_lr=5e-6,
-                         e_steps=40, m_steps=100, m_programs=64, rl_steps=40, eval_problems=128, rl_problems=16, micro_batch=4),
-    # One GPU of 80 GB: float32 weights and moments, bfloat16 autocast.
+    # One GPU of 24 GB. Smaller models bear larger learning rates; half of the problems, and fewer updates, for a first look.
+    "smollm2-135m": dict(REAL, model="HuggingFaceTB/SmolLM2-135M", e_lr=2e-5, m_lr=5e-5, rl_lr=5e-6, experts=2048, e_programs=16, e_steps=30,
+                         m_steps=60, rl_steps=20, rl_problems=16, eval_problems=128, max_new_tokens=256, micro_batch=4),
+    # One GPU of 80 GB: float32 weights and moments, products in bfloat16.
     "qwen2.5-1.5b": dict(BILLION, model="Qwen/Qwen2.5-1.5B"),
     "llama-3.2-1b": dict(BILLION, model="meta-llama/Llama-3.2-1B"),
-    # One GPU of 24 GB, and 32 GB of main memory.
+    # One GPU of 24 GB and 32 GB of main memory: what `OnCPU` says about precision, and two crossings of the bus per update, are the price.
     "qwen2.5-1.5b-24gb": dict(BILLION, model="Qwen/Qwen2.5-1.5B") | SMALL_CARD,
     "llama-3.2-1b-24gb": dict(BILLION, model="meta-llama/Llama-3.2-1B") | SMALL_CARD,
-    # Eight GPUs of 80 GB.
+    # Eight GPUs of 80 GB: torchrun --standalone --nproc-per-node=8. A checkpoint takes rank 0 about 200 GB of main memory.
     "llama-3.1-8b": dict(BILLION, model="meta-llama/Llama-3.1-8B", shard=True, micro_batch=4, sample_batch=32),
 }
 
@@ -202,7 +203,8 @@ def print_memory(s: Settings):
     for phase, terms in predict(s, cfg, gpus).items():
         worst = max(worst, terms["total"])
         print(f"{phase:9}{terms['total'] / 1e9:6.1f} GB = " + " + ".join(f"{v / 1e9:.1f} {k}" for k, v in terms.items() if k != "total"))
-    print(f"at most {worst / 1e9:.1f} GB on {f'each of {gpus} GPUs' if s.shard else 'a GPU'}: " + ", ".join(f"{'fits' if worst <= ROOM * card else 'does not fit'} {card} GB" for card in (80, 24)))
+    verdicts = (f"{'fits' if worst <= ROOM * card else 'does not fit'} {card} GB" for card in (80, 24))
+    print(f"at most {worst / 1e9:.1f} GB on {f'each of {gpus} GPUs' if s.shard else 'a GPU'}: " + ", ".join(verdicts))
 
 
 def parse_flags(argv: list[str] | None = None) -> Settings:
@@ -427,7 +429,10 @@ class Run:
                            options=StateDictOptions(full_state_dict=True))
 
     def in_step(self, model: GPT, losses):
-        """The losses and then, until the last rank is through, zeros that send one token through the model and so keep the others company."""
+        """The losses and then, until all ranks are through, zeros that send one token through the model and so keep the others company.
+
+        Nobody knows beforehand that the others are through too: each update ends with one such pass on all ranks.
+        """
         losses = iter(losses)
         while True:
             loss = next(losses, None)                # a forward pass, in which all ranks take part

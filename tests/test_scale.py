@@ -45,6 +45,13 @@ def test_every_preset_can_work(preset, monkeypatch):
     assert preset == "world" or s.row_tokens == s.context >= 2 * s.max_new_tokens
 
 
+def test_a_shorter_context_is_kept_to(tmp_path, monkeypatch):
+    """Prompt and answer of the world's problems fit 512 tokens, the base's own context, but not 230."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="exceeds the context of 230|fit the context with room for a rationale"):
+        train.main(parse_flags(["--context", "230", "--experts", "64", "--threads", "1", "--model", str(ROOT / "base")]))
+
+
 def test_an_unknown_preset_is_one_sentence():
     with pytest.raises(ValueError, match="--preset qwen: expected one of world, smollm2-135m, "):
         parse_flags(["--preset", "qwen"])
@@ -173,7 +180,7 @@ class Peak(TorchDispatchMode):
 
 BLOCKS, WORDS, WIDE = (GPTConfig(head_dim=16, **c) for c in (
     dict(vocab_size=128, d_model=64, n_layer=6, d_ff=160, qk_norm=True),              # blocks weigh most
-    dict(vocab_size=8000, d_model=16, n_layer=2, d_ff=32, tie_embeddings=False),      # logits weigh most
+    dict(vocab_size=4000, d_model=16, n_layer=1, d_ff=32, tie_embeddings=False),      # logits weigh most
     dict(vocab_size=3000, d_model=192, n_layer=2, d_ff=512)))                         # the embedding's gradient weighs most
 FIXED = ("weights", "gradients", "Adam's moments", "frozen copy")
 
@@ -221,17 +228,17 @@ def test_what_stays_takes_the_memory_that_is_predicted(precision):
 @pytest.mark.parametrize("precision", ("float32", "autocast", "bfloat16"))
 def test_sampling_takes_no_more_memory_than_is_predicted(precision):
     _, enc = load_pretrained(ROOT / "base")
-    programs = [elbo.parse(enc, p.prompt, p.solution, 0) for p in bench.world("train", 24, seed=0)]
+    programs = [elbo.parse(enc, p.prompt, p.solution, 0) for p in bench.world("train", 12, seed=0)]
     for cfg in (GPTConfig(vocab_size=enc.n_vocab, d_model=64, n_layer=6, d_ff=160, head_dim=16),
-                GPTConfig(vocab_size=20_000, d_model=16, n_layer=1, d_ff=32, head_dim=16)):
+                GPTConfig(vocab_size=8000, d_model=16, n_layer=1, d_ff=32, head_dim=16)):
         model = GPT(cfg).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
             with Peak() as rollouts:
-                longest = max(len(t.tokens) for t in estep.rollout(model, enc, programs, list(range(24)), openers(cfg.vocab_size), max_rationale=4))
+                longest = max(len(t.tokens) for t in estep.rollout(model, enc, programs, list(range(12)), openers(cfg.vocab_size), max_rationale=4))
             with Peak() as answers:
-                generate(model, [p.prompt for p in programs], max_new_tokens=8, seeds=list(range(24)))
+                generate(model, [p.prompt for p in programs], max_new_tokens=8, seeds=list(range(12)))
         length = max(len(p) + 8 * len(p.lines) for p in programs)     # as long as a rollout's cache can grow
-        predicted = memory(cfg, "sampling", rows=24, length=length, precision=precision)
+        predicted = memory(cfg, "sampling", rows=12, length=length, precision=precision)
         predicted = predicted["total"] - sum(predicted.get(k, 0) for k in FIXED)
         assert longest <= length
         assert max(rollouts.most, answers.most) <= predicted <= 3 * rollouts.most
@@ -311,7 +318,7 @@ box.close()
 if "--shard" in flags:
     dist.destroy_process_group()
 """
-TINY = ("--experts 16 --eval-problems 2 --e-steps 4 --e-programs 3 --e-rollouts 2 --m-steps 3 --m-programs 6 --rl-steps 2 --rl-problems 3 --rl-group 4 "
+TINY = ("--experts 16 --eval-problems 2 --e-steps 4 --e-programs 3 --e-rollouts 2 --m-steps 2 --m-programs 6 --rl-steps 1 --rl-problems 3 --rl-group 4 "
         "--rl-pool 8 --max-new-tokens 80 --save-every 2 --micro-batch 2 --checkpoint-blocks").split() + ["--model", str(ROOT / "base")]
 
 
