@@ -366,8 +366,6 @@ class Run:
                     write_whole(path, lambda tmp: tmp.write_bytes(buffer.getvalue()))     # torch's own writer hides the OSError
                 self.barrier()
 
-    # one optimizer step ----------------------------------------------------------------------------------------------
-
     # one model over many GPUs ----------------------------------------------------------------------------------------
     #
     # Each rank holds a part of every weight, with its gradient and moments; a block's are gathered when it computes. So all ranks must
