@@ -154,6 +154,8 @@ class Settings:
 # they reach and how long they take has not been measured, and nothing in them is tuned: learning rates are the usual ones at these sizes.
 REAL = dict(
     data="codeparrot/codeparrot-clean", column="content",    # 5M Python files from GitHub, deduplicated; the hub serves them as a stream
+    warm_data="codeparrot/codeparrot-clean", warm_column="content", warm_steps=50,     # real bases hardly comment, and to no use: the README has
+    explore=0.1,                                             # the measurement on SmolLM2, where the warm-up and these forced gates both helped
     benchmark="mbpp-docstring",                              # held-out cross-entropy needs solutions, which LiveCodeBench lacks
     rl_data="leetcode:train", rl_pool=1024,
     eval_problems=400,                                       # a standard error of 2.5 points at most; two of the last hundred have very long prompts
