@@ -998,16 +998,16 @@ libc = ctypes.PyDLL(None)
 # 200 pages: half the price of a fork. A process that has one thread and no lock taken has nothing to put in order.
 raw_fork = libc.fork
 
-# What a program may import: no file can be opened later. Each megabyte here costs every program 0.05 ms (html, uuid and
-# tempfile were dropped for that). sortedcontainers where it is installed: judges have it.
+# What a program may import: no file can be opened later. Each megabyte here costs every program about 0.05 ms.
+# sortedcontainers where it is installed: judges have it.
 MODULES = """
     abc argparse array ast base64 binascii bisect calendar cmath codecs collections collections.abc colorsys
     concurrent.futures.thread contextlib contextvars copy copyreg csv dataclasses datetime decimal difflib dis enum errno
-    fractions functools graphlib hashlib heapq hmac inspect io ipaddress itertools json keyword linecache locale
+    fractions functools graphlib hashlib heapq hmac html inspect io ipaddress itertools json keyword linecache locale
     logging math mmap numbers operator os pathlib pickle pprint queue random re reprlib resource secrets select shlex signal socket stat
-    statistics string struct subprocess textwrap threading time timeit token tokenize traceback types typing
-    unicodedata unittest warnings weakref zlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16
-    encodings.utf_32 encodings.cp1252 encodings.hex_codec encodings.rot_13 encodings.raw_unicode_escape
+    statistics string struct subprocess tempfile textwrap threading time timeit token tokenize traceback types typing
+    unicodedata unittest uuid warnings weakref zlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16
+    encodings.utf_32 encodings.cp1252 encodings.idna encodings.hex_codec encodings.rot_13 encodings.raw_unicode_escape
     encodings.unicode_escape encodings.punycode encodings.utf_8_sig encodings.cp437
     sortedcontainers
 """.split()
