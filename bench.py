@@ -65,7 +65,7 @@ class Problem:
     setup: str = ""                      # trusted code of the benchmark: asserts run it after the program, a check before it
     prose: bool = False                  # the prompt is no code (few-shot): the completion alone is the program
     stop: tuple[str, ...] = ()           # texts at which a completion ends
-    timeout_s: float | None = None       # wall seconds for a program, with stdio for each case; None: the sandbox's own
+    timeout_s: float | None = None       # CPU seconds for a program, with stdio for each case; None: the sandbox's own
     date: str = ""                       # of publication, YYYY-MM-DD, where known
 
     def job(self, completion: str):

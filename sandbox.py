@@ -91,7 +91,7 @@ class Check:
     entry_point: what is tested: the expression `f`, or `Solution().twoSum`.
     prelude: trusted, not secret (the prompt, the imports): runs in the worker before `test`, and in the candidate before
         `source`. Instances of classes that it defines (ListNode) can be arguments and results.
-    timeout_s: wall seconds for the whole program; None: the sandbox's own.
+    timeout_s: CPU seconds of program and tests, and a quarter of the wall seconds; None: the sandbox's own.
     """
     source: str
     test: str
@@ -109,7 +109,7 @@ class Asserts:
     setup: trusted statements that run before them. The candidate gets the imports in it, and nothing else.
     names: what the tests may use of the program. Give `names_under_test(reference, tests)` where there is a reference
         solution; when empty: the names in the tests that neither Python nor setup and tests define.
-    timeout_s: wall seconds for the whole program; None: the sandbox's own.
+    timeout_s: CPU seconds of program and tests, and a quarter of the wall seconds; None: the sandbox's own.
     """
     source: str
     tests: tuple[str, ...]
@@ -123,7 +123,7 @@ class Stdio:
     """A program from stdin to stdout: LiveCodeBench, Codeforces. One process per case, up to the first that fails.
 
     cases: pairs (stdin, expected stdout), compared token by token, with a tolerance where a float is expected.
-    timeout_s: wall seconds for each case; None: the sandbox's own.
+    timeout_s: CPU seconds of each case, and a quarter of its wall seconds; None: the sandbox's own.
     """
     source: str
     cases: tuple[tuple[str, str], ...]
@@ -147,7 +147,8 @@ class Sandbox:
     """A pool of workers. Use as a context manager, or call `close()`.
 
     workers: None means one per core that this process may use, shared between the ranks of torchrun on this machine.
-    memory_mb: MiB that a program may allocate. timeout_s: wall seconds for a program whose job names none.
+    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none; four times as much
+    wall time ends it too (it may sleep, or wait for a busy core).
     Raises ValueError for a bad argument, RuntimeError where the sandbox cannot work (no Linux, no seccomp).
     """
 
