@@ -297,8 +297,7 @@ def e_step(run, stage: str, model: GPT, data):
                 G = returns(r, s.horizon, s.gamma).view(-1, s.e_rollouts, L)                            # (P, K, L)
                 A = advantages(G).view(-1, L)
                 stats[:] += [x.sum().item() for x in (r, loglik, batch.line.amax(1) + 1, think, broken, batch.kind == LATENT)]
-                yield (reinforce_loss(elbo.log_q(gate, token, batch), A, batch)
-                       + s.e_anchor * anchor)
+                yield reinforce_loss(elbo.log_q(gate, token, batch), A, batch) + s.e_anchor * anchor
 
         norm = run.update(model, optimizer, micro_batches(), len(traces))
         reward, loglik, lines, thinks, broken, latents = run.sum(*stats)
