@@ -1,4 +1,4 @@
-"""The problems and the score: the embedded world, public benchmarks, pass@k; and the corpora of mid-training.
+"""The problems and the score: the embedded world, public benchmarks, pass@k.
 
 Every problem of the project, embedded or public, is a `Problem`: a prompt that the model continues, an expert's continuation
 where there is one, and a way to make a sandbox job of a completion. A benchmark's score is the unbiased pass@k over them.
@@ -26,7 +26,6 @@ The "web" code that the base model learnt from carries some, of mixed worth: wor
 Nobody tells the model which of them pay. Training and evaluation problems are disjoint: `split` decides by a hash of the docstring.
 """
 import argparse
-import ast
 import base64
 import io
 import json
@@ -34,13 +33,10 @@ import pickle
 import random
 import re
 import sys
-import sysconfig
 import warnings
 import zlib
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from math import comb
 from pathlib import Path
 from statistics import mean, stdev
@@ -51,7 +47,7 @@ import torch
 from tqdm import tqdm
 
 from elbo import statements, strip_comments
-from model import GPT, Sample, generate, load_tokenizer
+from model import GPT, Sample, encode_prompt, generate, load_pretrained
 from sandbox import Asserts, Check, Sandbox, Stdio, Verdict, names_under_test
 
 # ------------------------------------------------------------------------------------------------------- problem and score
@@ -69,7 +65,7 @@ class Problem:
     setup: str = ""                      # trusted code of the benchmark: asserts run it after the program, a check before it
     prose: bool = False                  # the prompt is no code (few-shot): the completion alone is the program
     stop: tuple[str, ...] = ()           # texts at which a completion ends
-    timeout_s: float | None = None       # wall seconds for a program, with stdio for each case; None: the sandbox's own
+    timeout_s: float | None = None       # CPU seconds for a program, with stdio for each case; None: the sandbox's own
     date: str = ""                       # of publication, YYYY-MM-DD, where known
 
     def job(self, completion: str):
@@ -124,8 +120,8 @@ def sample(model: GPT, enc, problems: list[Problem], seeds: list, *, max_new_tok
     out = [Sample() for _ in problems]
     for stop in dict.fromkeys(p.stop for p in problems):                 # `generate` knows one stop rule at a time
         ids = [i for i, p in enumerate(problems) if p.stop == stop]
-        done = generate(model, [enc.encode_ordinary(problems[i].prompt) for i in ids], max_new_tokens=max_new_tokens,
-                        seeds=[seeds[i] for i in ids], temperature=temperature, vocab=enc.n_vocab, batch_size=batch_size,
+        done = generate(model, [encode_prompt(enc, problems[i].prompt) for i in ids], max_new_tokens=max_new_tokens,
+                        seeds=[seeds[i] for i in ids], temperature=temperature, batch_size=batch_size,
                         stop=stopper(enc, stop) if stop else None)
         for i, s in zip(ids, done):
             out[i] = s
@@ -144,7 +140,7 @@ def evaluate(model: GPT, enc, name: str, problems: list[Problem], box: Sandbox, 
 
     The draws depend on (seed, problem, sample) alone, not on the batch or on which other problems run.
     """
-    fits = {p.id for p in problems if len(enc.encode_ordinary(p.prompt)) < model.config.context}
+    fits = {p.id for p in problems if len(encode_prompt(enc, p.prompt)) < model.config.context}
     every = [(p, j) for p in problems for j in range(samples)]
     for at in tqdm(range(0, len(every), 4 * batch_size), desc=name, leave=False):
         part = every[at:at + 4 * batch_size]
@@ -640,91 +636,6 @@ def fit_for_rl(problems: list[Problem], box: Sandbox) -> tuple[list[Problem], di
     return [p for p in problems if p.id not in out], out
 
 
-# ----------------------------------------------------------------------------------------------------------------- corpora
-
-
-def standard_library() -> str:
-    """The folder of the standard library of this Python: a corpus that every machine has."""
-    return sysconfig.get_paths()["stdlib"]
-
-
-@dataclass
-class Corpus:
-    """Python programs of a hub dataset, of a JSONL, Parquet or .py file, or of a folder of them: iterate to read on.
-
-        for program in Corpus("codeparrot/codeparrot-clean-valid", "content", limit=2048, size=lambda s: len(enc.encode_ordinary(s))):
-
-    Comment lines are stripped, what is not Python 3 is dropped, and a program longer than `limit` (as `size` measures: characters, or
-    tokens as above) is cut between top-level statements. `dropped` counts what was left out. With `rank` of `ranks`, every ranks-th row
-    is read. `position` says what has been handed out: save it, and a Corpus made with it reads on from there. Raises ValueError for a name,
-    file, row or column that is not there, and if nothing in the whole corpus is Python.
-    """
-    name: str
-    column: str = "text"
-    limit: int = 8192
-    size: Callable[[str], int] = len
-    split: str = "train"
-    subset: str | None = None
-    rank: int = 0
-    ranks: int = 1
-    position: tuple[int, int] = (0, 0)                                    # rows read, documents of the next row handed out
-    dropped: Counter = field(default_factory=Counter)
-
-    def rows(self, start: int) -> Iterator[dict]:
-        path = Path(self.name)
-        if not path.exists():
-            return hub_rows(self.name, self.split, self.subset, start=start)
-        files = [path] if path.is_file() else sorted(
-            f for f in path.rglob("*") if f.suffix in (".py", ".jsonl", ".parquet")
-            and not {"site-packages", "test", "tests"} & set(f.relative_to(path).parts))
-        if not files:
-            raise ValueError(f"the folder {self.name!r} has no .py, .jsonl or .parquet file: give one that has, or a hub name")
-        return islice(local_rows(files), start, None)
-
-    def __iter__(self) -> Iterator[str]:
-        start, skip = self.position
-        n, found = start - 1, bool(start or skip)
-        for n, row in enumerate(self.rows(start), start):
-            if self.column not in row:
-                raise ValueError(f"{self.name}: row {n + 1} has no column {self.column!r}; its columns are {', '.join(row)}")
-            if n % self.ranks == self.rank:
-                for i, text in enumerate(self.documents(row[self.column])):
-                    found = True
-                    if i >= skip:
-                        self.position = (n, i + 1)
-                        yield text
-            self.position, skip = (n + 1, 0), 0
-        if n < 0:
-            raise ValueError(f"{self.name}: the dataset is empty; expected programs in its column {self.column!r}")
-        if not found and self.ranks == 1:
-            raise ValueError(f"{self.name}: nothing in it is a Python program that fits ({dict(self.dropped)}); "
-                             f"expected Python 3 in the column {self.column!r}")
-
-    def documents(self, text) -> list[str]:
-        """The program, cut into pieces of at most `limit`; none if it is not Python."""
-        try:
-            text = strip_comments(plain(text))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(text)                                    # the tokenizer alone takes English for Python
-        except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
-            self.dropped["not Python"] += 1
-            return []
-        if not tree.body:
-            self.dropped["empty"] += 1
-            return []
-        lines, out = text.splitlines(keepends=True), [""]
-        begins = sorted({min([s.lineno, *(d.lineno for d in getattr(s, "decorator_list", []))]) - 1 for s in tree.body})
-        for a, b in zip([0, *begins[1:]], [*begins[1:], len(lines)]):     # what stands above the first statement goes with it
-            piece = "".join(lines[a:b])
-            if out[-1] and self.size(out[-1] + piece) > self.limit:
-                out.append("")
-            out[-1] += piece
-        kept = [s for s in (piece.strip("\n") + "\n" for piece in out) if self.size(s) <= self.limit]
-        self.dropped["too long"] += len(out) - len(kept)
-        return kept
-
-
 # -------------------------------------------------------------------------------------------------------- the command line
 
 
@@ -784,7 +695,7 @@ def command(args: argparse.Namespace) -> dict:
         if not args.model:
             raise ValueError("--model is missing: give the folder of a model or its name on the hub")
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        model, enc = GPT.from_pretrained(args.model, device, dtype), load_tokenizer(args.model)
+        model, enc = load_pretrained(args.model, device, dtype)
         rows = []
         with open(args.out, "w", encoding="utf-8") as f:
             f.write(json.dumps({"settings": vars(args)}) + "\n")

@@ -9,7 +9,7 @@ An expert program is a sequence of actions a_0 .. a_{T-1}, one line of code each
 
 Where exactly does z_t stand in a token sequence? Tokenizers merge a newline with the indentation after it (GPT-2) or with the
 punctuation before it (Llama-3, Qwen). So the text is cut *just before the last space of a line's indentation* (before its first
-character if there is none). The pieces' tokens then concatenate to the tokens of the whole text, and one token decides: it
+character if there is none). The tokens of the whole text have a border there in either family, and one token decides: it
 either opens a comment (its text starts with `#` after at most one space) or begins the expert's line. With p the model's next-token
 distribution at that *decision point*,
 
@@ -26,10 +26,13 @@ import re
 import tokenize
 from dataclasses import dataclass, field
 
+import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model import encode_prompt
 
 # -------------------------------------------------------------------------------------------- what each token of a text is
 
@@ -84,6 +87,19 @@ class Program:
         return out
 
 
+def python_tokens(source: str) -> list[tokenize.TokenInfo]:
+    """Python's own tokens. Raises ValueError if `source` is not Python."""
+    try:
+        return list(tokenize.generate_tokens(io.StringIO(source, newline="\n").readline))
+    except (tokenize.TokenError, SyntaxError) as e:
+        raise ValueError(f"not a Python program: {e.args[0]}") from None
+
+
+def comment_lines(tokens: list[tokenize.TokenInfo]) -> dict[int, str]:
+    """Line number, from 1 -> the comment that is all that stands there."""
+    return {tok.start[0]: tok.string for tok in tokens if tok.type == tokenize.COMMENT and not tok.line[:tok.start[1]].strip()}
+
+
 def statements(source: str) -> list[int]:
     """Offset of the first character of every statement: lines inside strings and continuation lines begin none.
 
@@ -94,15 +110,12 @@ def statements(source: str) -> list[int]:
         starts.append(starts[-1] + len(line) + 1)
     skip = (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     out, fresh = [], True
-    try:
-        for tok in tokenize.generate_tokens(io.StringIO(source, newline="\n").readline):
-            if tok.type == tokenize.NEWLINE:
-                fresh = True
-            elif fresh and tok.type not in skip:
-                out.append(starts[tok.start[0] - 1] + tok.start[1])
-                fresh = False
-    except (tokenize.TokenError, SyntaxError) as e:
-        raise ValueError(f"not a Python program: {e.args[0]}") from None
+    for tok in python_tokens(source):
+        if tok.type == tokenize.NEWLINE:
+            fresh = True
+        elif fresh and tok.type not in skip:
+            out.append(starts[tok.start[0] - 1] + tok.start[1])
+            fresh = False
     return out
 
 
@@ -111,13 +124,10 @@ def strip_comments(source: str) -> str:
 
     Comment lines are the very thing that is latent here. Raises ValueError if `source` is not Python.
     """
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(source, newline="\n").readline))
-    except (tokenize.TokenError, SyntaxError) as e:
-        raise ValueError(f"not a Python program: {e.args[0]}") from None
+    tokens = python_tokens(source)
     lines = re.findall(r".*\n|.+", source)
     inside = {n for tok in tokens for n in range(tok.start[0] + 1, tok.end[0] + 1) if tok.type != tokenize.NEWLINE}
-    alone = {tok.start[0] for tok in tokens if tok.type == tokenize.COMMENT and lines[tok.start[0] - 1].lstrip().startswith("#")}
+    alone = comment_lines(tokens)
     out = []
     for n, line in enumerate(lines, 1):
         if n in alone:
@@ -142,16 +152,58 @@ def parse(enc: tiktoken.Encoding, prompt: str, solution: str, eos: int) -> Progr
         raise ValueError("the program has no statement")
     indents = [text[text.rfind("\n", 0, i) + 1:i] for i in begins]
     cuts = [i - bool(indent) for i, indent in zip(begins, indents)]                  # before the last space of the indentation
-    lines = [enc.encode_ordinary(text[a:b]) for a, b in zip(cuts, cuts[1:] + [len(text)])]
+    head, *lines = encode_cut(enc, text, cuts)
     lines[-1].append(eos)
-    return Program(enc.encode_ordinary(text[:cuts[0]]) or [eos], lines, ["\n" + indent[:-1] for indent in indents])
+    return Program(encode_prompt(enc, "") + head or [eos], lines, ["\n" + indent[:-1] for indent in indents])
 
 
-def opener_mask(enc: tiktoken.Encoding, vocab_size: int) -> Tensor:
+def encode_cut(enc: tiktoken.Encoding, text: str, cuts: list[int]) -> list[list[int]]:
+    """The tokens of a text, cut at ascending character offsets.
+
+    Cut first and tokenised then, a piece that ends in blank lines would get other tokens than it has in the whole (GPT-2 and SmolLM2
+    leave the last newline to what follows). Only where the whole cannot be cut there (a token reaches across, or bytes that
+    the tokenizer does not know have gone) are the pieces tokenised one by one.
+    """
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    tokens = enc.encode_ordinary(text)
+    ends = np.cumsum([0] + [len(enc.decode_single_token_bytes(t)) for t in tokens])           # bytes before each token, and in all
+    marks = np.cumsum([0] + [len(piece.encode("utf-8", "replace")) for piece in pieces])
+    at = np.searchsorted(ends, marks)
+    if ends[-1] != marks[-1] or not np.array_equal(ends[at], marks):
+        return [enc.encode_ordinary(piece) for piece in pieces]
+    return [tokens[a:b] for a, b in zip(at, at[1:])]
+
+
+def rationale(enc: tiktoken.Encoding, program: Program, t: int, comment: str) -> list[int]:
+    """The tokens of the rationale `# ...` before line t, from the line's decision point to the next one."""
+    lead = " " if enc.decode(program.lines[t]).startswith(" ") else ""               # the last space of the indentation, if any
+    return enc.encode_ordinary(lead + comment + program.closings[t])
+
+
+def parse_commented(enc: tiktoken.Encoding, source: str, eos: int, max_rationale: int) -> Trace:
+    """A program with its author's comments as latents: what a cold base is warmed up on.
+
+    The rationale of a line is the one comment line right above it, at its indentation. Blocks of comments, and comments of more than
+    max_rationale tokens, are dropped, for q could not write them. Raises ValueError as `parse` does.
+    """
+    program, comments = parse(enc, "", strip_comments(source), eos), comment_lines(python_tokens(source))
+    lines, out = source.split("\n"), Trace()
+    out.add(program.prompt, PROMPT)
+    for t, start in enumerate(statements(source)):
+        n = source.count("\n", 0, start)                                             # lines[n - 1], the n-th, stands above it
+        above, here = (lines[i][:len(lines[i]) - len(lines[i].lstrip())] for i in (n - 1, n))
+        if n in comments and n - 1 not in comments and above == here and comments[n].strip("# \t"):
+            tokens = rationale(enc, program, t, comments[n])
+            out.add(tokens if len(tokens) <= max_rationale else [], LATENT, t, FREE)
+        out.add(program.lines[t], ACTION, t, FREE)
+    return out
+
+
+def opener_mask(enc: tiktoken.Encoding) -> Tensor:
     """(V,) bool: the tokens that open a comment, i.e. whose text starts with `#` after at most one space."""
-    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask = torch.zeros(enc.n_vocab, dtype=torch.bool)
     special = set(enc._special_tokens.values())
-    for i in range(min(enc.n_vocab, vocab_size)):
+    for i in range(enc.n_vocab):
         if i not in special:
             try:
                 mask[i] = enc.decode_single_token_bytes(i).removeprefix(b" ").startswith(b"#")
@@ -175,6 +227,11 @@ class Batch:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def scored(self) -> Tensor:
+        """(B, T - 1) bool: the targets that likelihoods are wanted of: rationales and actions, N in all; not prompts, not padding."""
+        return self.kind[:, 1:] != PROMPT
+
 
 def chunks(items: list, n: int) -> list[list]:
     """Cut a list into lists of at most n."""
@@ -192,25 +249,25 @@ def collate(traces: list[Trace], device=None) -> Batch:
 
 
 def logits_of(model, batch: Batch) -> Tensor:
-    """(B, T - 1, V): entry i is the model's prediction of token i + 1."""
-    return model(batch.tokens[:, :-1], doc=None if batch.doc is None else batch.doc[:, :-1])
+    """(N, V): the model's predictions of the tokens that are `batch.scored`, row by row."""
+    return model(batch.tokens[:, :-1], doc=None if batch.doc is None else batch.doc[:, :-1], at=batch.scored)
 
 
 def score(logits: Tensor, batch: Batch, openers: Tensor) -> tuple[Tensor, Tensor]:
     """Split log p(token) at the decision points into the gate's and the token's part: two (B, T - 1) tensors, which add up to it.
 
-    Entry i speaks of token i + 1. gate: log q(think) or log q(act) at decision points, 0 elsewhere. token: log-probability of the token
-    given its gate. So log q(z) sums both over LATENT tokens and the gate over ACTION tokens; log pi(a | s, z) sums `token` over ACTION.
+    logits: (N, V) of `logits_of`. Entry i speaks of token i + 1; prompts have 0. gate: log q(think) or log q(act) at decision points,
+    0 elsewhere. token: log-probability of the token given its gate. So log q(z) sums both over LATENT tokens and the gate over ACTION
+    tokens; log pi(a | s, z) sums `token` over ACTION.
     """
-    target = batch.tokens[:, 1:]
-    logp = -F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)   # (B, T-1)
-    at = batch.gate[:, 1:] != NO_GATE
-    p = logits[at].float().log_softmax(-1)                                                               # (N, V)
-    opens = openers[target[at]]                                                                          # (N,)
-    side = torch.where(opens[:, None], openers, ~openers)                                                # (N, V): the gate's side
-    gate = torch.zeros_like(logp)
-    gate[at] = p.masked_fill(~side, -torch.inf).logsumexp(-1)
-    return gate, logp - gate
+    target, where = batch.tokens[:, 1:][batch.scored], batch.gate[:, 1:][batch.scored] != NO_GATE        # (N,) each
+    logp = -F.cross_entropy(logits.float(), target, reduction="none")                                    # (N,)
+    p = logits[where].float().log_softmax(-1)                                                            # (gates, V)
+    opens = openers[target[where]]                                                                       # (gates,)
+    side = torch.where(opens[:, None], openers, ~openers)                                                # (gates, V): the gate's side
+    gate = torch.zeros_like(logp).masked_scatter(where, p.masked_fill(~side, -torch.inf).logsumexp(-1))  # (N,)
+    zero = logp.new_zeros(batch.scored.shape)                                                            # (B, T-1)
+    return zero.masked_scatter(batch.scored, gate), zero.masked_scatter(batch.scored, logp - gate)
 
 
 def log_q(gate: Tensor, token: Tensor, batch: Batch) -> Tensor:

@@ -26,10 +26,12 @@ import copy
 import numpy as np
 import tiktoken
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import elbo
-from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Batch, Program, Trace, chunks
+from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, Trace, chunks
 from model import GPT, KVCache, pad, pick
 
 MODES = ("learned", "always", "first", "never")     # who decides where to think: q; everywhere; before line 0 only; nowhere
@@ -49,8 +51,8 @@ class _Rollout:
     def tail(self) -> list[int]:
         return [token for line in self.program.lines[self.t:] for token in line]
 
-    def decide(self, p_open: list[float], mode: str) -> bool:
-        """Take lines as they come until a gate opens; p_open: q(think) at each remaining line. True if one did."""
+    def decide(self, p_open: list[float], mode: str, explore: float) -> int:
+        """Take lines as they come until a gate opens; p_open: q(think) at each remaining line. FREE or FORCED if one did, else NO_GATE."""
         start = self.t
         while self.t < len(self.program.lines):
             gate = FORCED if self.forced or mode == "never" or (mode == "first" and self.t) else FREE
@@ -59,13 +61,15 @@ class _Rollout:
                 p, gate = (0.0 if self.closed else 1.0), FORCED
             if self.forced or (gate == FORCED and p < 1.0):
                 p = 0.0
+            elif explore and gate == FREE and not self.closed and self.rng.random() < explore:
+                p, gate = 1.0, FORCED
             if p > 0.0 and self.rng.random() < p:
-                return True
+                return gate
             self.trace.add(self.program.lines[self.t], ACTION, self.t, gate)
             self.t, self.closed, self.forced, self.spent = self.t + 1, False, False, 0
-        return False
+        return NO_GATE
 
-    def write(self, token: int, gate: int = elbo.NO_GATE):
+    def write(self, token: int, gate: int = NO_GATE):
         self.latent.append(token)
         self.trace.add([token], LATENT, self.t, gate)
 
@@ -94,15 +98,15 @@ class _Rollout:
 
 @torch.no_grad()
 def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: list, openers: Tensor, *, max_rationale: int,
-            mode: str = "learned") -> list[Trace]:
+            mode: str = "learned", explore: float = 0.0) -> list[Trace]:
     """Infuse each program with latents drawn from q at temperature 1: one Trace per program (repeat a program for more).
 
     seeds: one per program, anything `np.random.default_rng` takes; a row's draws depend on nothing but its seed and its program.
-    mode: one of MODES. Programs must leave room for their rationales in the model's context; where they do not, the
-    remaining lines follow without latents.
+    mode: one of MODES. explore: probability that a gate is forced open, for a model that hardly ever thinks by itself; the rationale is
+    q's own all the same, and the forced gate carries no gradient. Programs must leave room for their rationales in the model's context;
+    where they do not, the remaining lines follow without latents.
     """
     cfg, dev = model.config, model.device
-    n_vocab = enc.n_vocab                                       # logits beyond are padding rows
     rows = [_Rollout(p, s) for p, s in zip(programs, seeds, strict=True)]
     out = [r.trace for r in rows]
     if mode == "never" or not rows:
@@ -110,47 +114,48 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     # Room for a rationale: its tokens, and a closing that had to be forced.
     rationale = max_rationale + 1 + max(len(enc.encode_ordinary(c)) for c in {c for p in programs for c in p.closings})
     size = min(cfg.context, max(len(p) + (1 if mode == "first" else len(p.lines)) * rationale for p in programs))
-    cache = KVCache(cfg, len(rows), size, dev, next(model.parameters()).dtype)
+    distinct = {p: n for n, p in enumerate(dict.fromkeys(map(id, programs)))}
+    slots = [distinct[id(p)] for p in programs]                 # a row's place in the cache: versions of a program begin alike, and share it
+    dtype = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else model.embed_tokens.weight.dtype
+    cache = KVCache(cfg, len(distinct), size, dev, dtype)
     openers = openers.to(dev)
     while rows:
         # Score what each row has not seen yet, and all of its remaining lines behind it. Shorter rows begin earlier, with tokens
         # that are cached already (and get the same values again), so that no row is padded past its own end.
-        texts = [r.trace.tokens + r.tail() for r in rows]
+        scored = [r for _, r in sorted(dict(zip(slots, rows)).items())]                                 # one row of each slot
+        texts = [r.trace.tokens + r.tail() for r in scored]
         width = max(len(text) - seen for text, seen in zip(texts, cache.length.tolist()))
         starts = [max(len(text) - width, 0) for text in texts]
         cache.length = torch.tensor(starts, device=dev)
-        logits = model(pad([text[i:] for text, i in zip(texts, starts)], cfg.eos_id, dev), cache=cache)   # (B, T, V)
-        # The gate of a line is decided by the logits of the token before it.
-        where, counts = [], []
-        for b, r in enumerate(rows):
-            i, n = len(r.trace.tokens) - 1 - starts[b], 0
-            for line in r.program.lines[r.t:]:
-                where.append((b, i))
-                i, n = i + len(line), n + 1
-            counts.append(n)
-        at = torch.tensor(where, device=dev)                                                            # (N, 2)
-        p = logits[at[:, 0], at[:, 1], :n_vocab].double().softmax(-1)                                   # (N, V)
-        p_open = (p * openers[:n_vocab]).sum(-1).split(counts)
-        firsts = np.cumsum([0] + counts)                        # where each row's lines begin in p
+        text = pad([text[i:] for text, i in zip(texts, starts)], cfg.eos_id, dev)                       # (B, T)
+        at, counts = torch.zeros_like(text, dtype=torch.bool), [len(r.program.lines) - r.t for r in scored]
+        for b, r in enumerate(scored):                          # the gate of a line is decided by the logits of the token before it
+            ends = np.cumsum([len(r.trace.tokens) - 1 - starts[b], *map(len, r.program.lines[r.t:-1])])
+            at[b, torch.from_numpy(ends)] = True
+        x = model(text, cache=cache, at=at, head=False)                                                 # (N, D), N gates
+
+        def opening(x: Tensor) -> Tensor:
+            return model.unembed(x).double().softmax(-1) * openers                                      # (n, V)
+        p_open = torch.cat([opening(part).sum(-1) for part in x.split(256)]).split(counts)              # real vocabularies fill a GPU
+        firsts = np.cumsum([0] + counts)                        # where each slot's lines begin in x
         thinking = []
-        for b, (r, q) in enumerate(zip(rows, p_open)):
+        for b, r in zip(slots, rows):
             start = r.t
-            if r.decide(q.tolist(), mode if len(texts[b]) - r.spent + rationale <= size else "never"):
-                thinking.append((b, int(firsts[b]) + r.t - start))
+            if gate := r.decide(p_open[b].tolist(), mode if len(texts[b]) - r.spent + rationale <= size else "never", explore):
+                thinking.append((r, b, int(firsts[b]) + r.t - start, gate))
         if not thinking:
             break
-        keep = torch.tensor([b for b, _ in thinking], device=dev)
-        rows, cache = [rows[b] for b, _ in thinking], cache.select(keep)
+        rows, cache = [r for r, *_ in thinking], cache.select(torch.tensor([b for _, b, *_ in thinking], device=dev))
+        slots = list(range(len(rows)))
         # Which opener: q restricted to them. (`decide` has drawn that it is one.)
-        among = p[[n for _, n in thinking]] * openers[:n_vocab]                                         # (B, V)
-        last = _draw(among.log(), rows)
-        for r, token in zip(rows, last):
-            r.write(token, FORCED if mode in ("always", "first") else FREE)
+        last = _draw(opening(x[[n for *_, n, _ in thinking]]).log(), rows)                              # of (B, V)
+        for r, token, (*_, gate) in zip(rows, last, thinking):
+            r.write(token, gate)
         cache.length = torch.tensor([len(r.trace.tokens) - 1 for r in rows], device=dev)
         live = [not r.check(enc, max_rationale) for r in rows]
         while any(live):
             # Rows that have finished ride along; their cache does not advance.
-            logits = model(torch.tensor(last, device=dev)[:, None], cache=cache)[:, 0, :n_vocab]        # (B, V)
+            logits = model(torch.tensor(last, device=dev)[:, None], cache=cache)[:, 0]                  # (B, V)
             cache.length += torch.tensor(live, device=dev)
             drawn = _draw(logits, rows, live)
             for b, r in enumerate(rows):
@@ -223,29 +228,59 @@ def anchor_loss(logits: Tensor, pi_logits: Tensor, batch: Batch, openers: Tensor
     q and pi are one network, so moving q drags the action likelihoods along, and what drifts too far is lost to the M-step.
     The expert's tokens play no part here: it is pi's distribution that is held, and the gates and rationales are left free.
     """
-    at = batch.kind[:, 1:] == elbo.ACTION
-    never = (batch.gate[:, 1:] != elbo.NO_GATE)[at][:, None] & openers                                  # (N, V): after act, no opener
-    p, q = (x[at].float().masked_fill(never, -1e9).log_softmax(-1) for x in (pi_logits, logits))        # (N, V)
+    act, gate = (x[:, 1:][batch.scored] for x in (batch.kind == ACTION, batch.gate != NO_GATE))         # (N,) each
+    never = gate[act][:, None] & openers                                                                # (A, V): after act, no opener
+    p, q = (x[act].float().masked_fill(never, -1e9).log_softmax(-1) for x in (pi_logits, logits))       # (A, V)
     return (p.exp() * (p - q)).sum()
+
+
+def compare(model: GPT, pi: GPT, batch: Batch, openers: Tensor, positions: int = 1024) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the E-step needs of the logits of both models: q's gate and token, and pi's token, (B, T - 1) each (`elbo.score`); the anchor loss.
+
+    With a vocabulary of 150k, this takes more memory than everything else: some 30 bytes per entry of q's logits. A model that recomputes
+    its blocks recomputes them too, so that no more than `positions` x V of them are there at a time.
+    """
+    x = model(batch.tokens[:, :-1], at=batch.scored, head=False)                                        # (N, D), as in `elbo.logits_of`
+    with torch.no_grad():
+        pi_x = pi(batch.tokens[:, :-1], at=batch.scored, head=False)
+    flat = [F.pad(t[:, 1:][batch.scored], (1, 0)) for t in (batch.tokens, batch.kind, batch.line, batch.gate)]       # (1 + N,) each
+
+    def part(x: Tensor, pi_x: Tensor, a: int, b: int):
+        piece = Batch(*(t[None, a:b + 1] for t in flat))            # one row, of which all but the first token is scored
+        logits = model.unembed(x[a:b])                                                                  # (b-a, V)
+        with torch.no_grad():
+            pi_logits = pi.unembed(pi_x[a:b])
+            _, pi_token = elbo.score(pi_logits, piece, openers)
+        return *elbo.score(logits, piece, openers), pi_token, anchor_loss(logits, pi_logits, piece, openers)
+    N = len(x)
+    if model.grad_checkpoint:
+        *scores, anchor = zip(*(checkpoint(part, x, pi_x, a, min(a + positions, N), use_reentrant=False) for a in range(0, N, positions)))
+        scores, anchor = [torch.cat(parts, 1) for parts in scores], sum(anchor)
+    else:
+        *scores, anchor = part(x, pi_x, 0, N)
+    gate, token, pi_token = (v.new_zeros(batch.scored.shape).masked_scatter(batch.scored, v) for v in scores)        # (B, T-1) each
+    return gate, token, pi_token, anchor
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
 
 
-def e_step(run, model: GPT, data):
+def e_step(run, stage: str, model: GPT, data):
     """E-step: move q, which starts as the model itself, towards rationales that pay; pi is the frozen start.
 
     run: train.Run, the plumbing; data: train.Data. Trains `model` in place.
     """
     s = run.s
-    pi = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    for step in run.steps("estep", model, optimizer, s.e_steps, s.e_lr, warmup=5):
-        picked = np.random.default_rng(run.draw("estep", step)).choice(len(data.experts), s.e_programs, replace=False).tolist()
+    pi = copy.deepcopy(run.actor(model)).requires_grad_(False)
+    optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
+    for step in run.steps(stage, model, optimizer, s.e_steps, s.e_lr, warmup=5):
+        picked = np.random.default_rng(run.draw(stage, step)).choice(len(data.experts), s.e_programs, replace=False).tolist()
         versions = [(i, k) for i in run.mine(picked) for k in range(s.e_rollouts)]
-        with run.autocast():
-            traces = rollout(model, data.enc, [data.experts[i] for i, _ in versions], [run.draw("estep", step, i, k) for i, k in versions],
-                             data.openers, max_rationale=s.max_rationale, mode=s.rationales)
+        traces, actor = [], run.actor(model)
+        for part in chunks(versions, s.sample_batch):
+            with run.autocast():
+                traces += rollout(actor, data.enc, [data.experts[i] for i, _ in part], [run.draw(stage, step, i, k) for i, k in part],
+                                  data.openers, max_rationale=s.max_rationale, mode=s.rationales, explore=s.explore)
         stats = np.zeros(6)
 
         def micro_batches():
@@ -254,11 +289,7 @@ def e_step(run, model: GPT, data):
                 batch = elbo.collate(part, run.device)
                 L = int(batch.line.max()) + 1
                 with run.autocast():
-                    logits = elbo.logits_of(model, batch)                                               # (B, T-1, V)
-                    with torch.no_grad():
-                        pi_logits = elbo.logits_of(pi, batch)
-                gate, token = elbo.score(logits, batch, data.openers)                                   # (B, T-1) each
-                _, pi_token = elbo.score(pi_logits, batch, data.openers)
+                    gate, token, pi_token, anchor = compare(model, pi, batch, data.openers)             # (B, T-1) each, a scalar
                 loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                           # (B, L)
                 think, broken = decisions(part, L, run.device)
                 r = elbo.line_rewards(loglik, think, broken, *elbo.opening_gate(gate.detach(), batch, L), c=s.c, beta=s.beta,
@@ -266,21 +297,73 @@ def e_step(run, model: GPT, data):
                 G = returns(r, s.horizon, s.gamma).view(-1, s.e_rollouts, L)                            # (P, K, L)
                 A = advantages(G).view(-1, L)
                 stats[:] += [x.sum().item() for x in (r, loglik, batch.line.amax(1) + 1, think, broken, batch.kind == LATENT)]
-                yield (reinforce_loss(elbo.log_q(gate, token, batch), A, batch)
-                       + s.e_anchor * anchor_loss(logits, pi_logits, batch, data.openers))
+                yield reinforce_loss(elbo.log_q(gate, token, batch), A, batch) + s.e_anchor * anchor
 
         norm = run.update(model, optimizer, micro_batches(), len(traces))
         reward, loglik, lines, thinks, broken, latents = run.sum(*stats)
-        run.log(phase="estep", step=step, reward=reward / lines, loglik=loglik / lines, think=thinks / lines,
+        run.log(phase=stage, step=step, reward=reward / lines, loglik=loglik / lines, think=thinks / lines,
                 broken=broken / max(thinks, 1), length=latents / max(thinks, 1), grad_norm=norm,
                 show=f"reward {reward / lines:+.3f} think {thinks / lines:.0%}")
 
 
-def infuse(run, q: GPT, data, programs: list[Program], what: str, mode: str) -> list[Trace]:
+def infuse(run, q: GPT, data, programs: list[Program], what: str, mode: str, explore: float = 0.0) -> list[Trace]:
     """Programs with rationales drawn from q, format kept: the M-step's data. Ranks share the work; each gets all of it."""
-    out = []
-    for part in chunks(run.mine(list(enumerate(programs))), 4 * run.s.micro_batch):
+    out, q = [], run.use(q)
+    for part in chunks(run.mine(list(enumerate(programs))), run.s.sample_batch):
         with run.autocast():
             out += rollout(q, data.enc, [p for _, p in part], [run.draw("infuse " + what, i) for i, _ in part], data.openers,
-                           max_rationale=run.s.max_rationale, mode=mode)
+                           max_rationale=run.s.max_rationale, mode=mode, explore=explore)
     return run.gather([without_broken(t) for t in out])
+
+
+# ------------------------------------------------------------------------------------------------ do the rationales help?
+
+
+def shuffled(enc: tiktoken.Encoding, programs: list[Program], infused: list[Trace], seed) -> list[Trace]:
+    """The same programs, thinking before the same lines, but each rationale is one of another program: the control.
+
+    What is left of the gain there is owed to the form of a comment, not to what it says. A program keeps its own rationales if no other
+    program has any.
+    """
+    said = []                                       # (program, its rationale's text without the newline)
+    for i, trace in enumerate(infused):
+        for t, z in enumerate(trace.thinks()):
+            latent = [x for x, kind, line in zip(trace.tokens, trace.kind, trace.line) if line == t and kind == LATENT]
+            said += [(i, enc.decode(latent).partition("\n")[0].strip())] if z else []
+    rng, out = np.random.default_rng(seed), []
+    for i, (program, trace) in enumerate(zip(programs, infused, strict=True)):
+        others = [text for j, text in said if j != i] or [text for _, text in said]
+        out.append(Trace())
+        out[-1].add(program.prompt, PROMPT)
+        for t, z in enumerate(trace.thinks()):
+            if z:
+                out[-1].add(elbo.rationale(enc, program, t, others[rng.integers(len(others))]), LATENT, t, FORCED)
+            out[-1].add(program.lines[t], ACTION, t, FREE)
+    return out
+
+
+@torch.no_grad()
+def rationale_gain(run, pi: GPT, data, programs: list[Program], infused: list[Trace]) -> dict:
+    """What rationales are worth to pi at the lines before which they stand: nats per line without them, with them, and with those of
+    another program (`shuffled`); `gain` and `gain_shuffled` are the means of the differences from without, each with its standard error.
+    """
+    pi = run.use(pi)
+    variants = [[p.trace() for p in programs], infused, shuffled(data.enc, programs, infused, run.draw("shuffled"))]
+    rows = []                                       # (without, with, shuffled) of every line that has a rationale
+    for part in chunks(run.mine(list(zip(*variants))), run.s.micro_batch):
+        think, _ = decisions([own for _, own, _ in part], max(max(own.line) for _, own, _ in part) + 1)     # (B, L)
+        columns = []
+        for traces in zip(*part):
+            batch = elbo.collate(list(traces), run.device)
+            with run.autocast():
+                _, token = elbo.score(elbo.logits_of(pi, batch), batch, data.openers)
+            columns.append(-elbo.by_line(elbo.log_pi(token, batch), batch, think.shape[1]).cpu()[think])    # (N,)
+        rows += torch.stack(columns, 1).tolist()
+    rows = np.array([r for part in run.gather_lists(rows) for r in part]).reshape(-1, 3)
+    if not len(rows):
+        return dict(lines=0)
+    out = dict(lines=len(rows), **dict(zip(("without", "with", "shuffled"), rows.mean(0).tolist())))
+    for name, column in (("gain", 1), ("gain_shuffled", 2)):
+        d = rows[:, 0] - rows[:, column]
+        out |= {name: float(d.mean()), f"{name}_se": float(d.std() / len(d) ** 0.5)}
+    return out

@@ -5,12 +5,12 @@ grouped-query attention, SwiGLU; query/key/value biases (Qwen2.5), normalised qu
 scaling (Llama-3.x) and tied embeddings are switches of the configuration. Modules carry the names of the Hugging Face
 checkpoints, so loading and saving need no table of names, and what is trained here opens in `transformers` and vLLM.
 
-    model = GPT.from_pretrained("base")             # or a folder, or a hub name such as "Qwen/Qwen2.5-1.5B"
-    enc = load_tokenizer("base")                    # a tiktoken.Encoding
-    out = generate(model, [enc.encode("def f(xs):")], max_new_tokens=64, temperature=0.8, seeds=[0])
+    model, enc = load_pretrained("base")            # or a folder, or a hub name such as "Qwen/Qwen2.5-1.5B"; enc is a tiktoken.Encoding
+    out = generate(model, [encode_prompt(enc, "def f(xs):")], max_new_tokens=64, temperature=0.8, seeds=[0])
 
 Shapes: B rows, T new tokens, S cached positions, D width, H query heads, K key/value heads, C width of a head, V vocabulary.
 """
+import itertools
 import json
 import math
 import os
@@ -143,6 +143,7 @@ class GPT(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.grad_checkpoint = False    # recompute each block in the backward pass: a third more time, far less memory
+        self.n_vocab = cfg.vocab_size   # tokens that exist: Qwen's matrices have more rows, which must be neither drawn nor scored
         self.freq = None                # rope_frequencies; no buffer, which `.to(torch.bfloat16)` would round
         self.apply(self._init)
 
@@ -156,16 +157,18 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None, head: bool = True) -> Tensor:
-        """Logits of the token after each token: tokens (B, T) int64 -> (B, T, V).
+    def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None, at: Tensor | None = None,
+                head: bool = True) -> Tensor:
+        """Logits of the token after each token: tokens (B, T) int64 -> (B, T, V), V = n_vocab.
 
         Rows are padded on the right; causality keeps the padding out of every real position.
         cache: tokens continue each row at its own `cache.length`; the caller then advances `length` by the tokens it keeps.
         doc:   (B, T) document numbers of a packed batch: a token sees its own document only.
-        head:  False returns the last hidden states (B, T, D) instead; filling a cache needs no logits, which for 150k tokens weigh most.
+        at:    (B, T) bool: only the logits that follow these tokens, (N, V); with 150k tokens they weigh more than all the rest.
+        head:  False returns the last hidden states, (B, T, D) or (N, D), which `unembed` makes logits.
         Raises ValueError if a position lies beyond the configured context.
         """
-        (B, T), dev = tokens.shape, tokens.device
+        (_, T), dev = tokens.shape, tokens.device
         steps = torch.arange(T, device=dev)
         if cache is not None:
             pos = cache.length[:, None] + steps                                                       # (B, T)
@@ -191,7 +194,13 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope, mask, store)
         x = self.norm(x)                                                                              # (B, T, D)
-        return F.linear(x, (self.lm_head or self.embed_tokens).weight) if head else x                 # (B, T, V)
+        if at is not None:
+            x = x[at]                                                                                 # (N, D)
+        return self.unembed(x) if head else x                                                         # (B, T, V) or (N, V)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Last hidden states (..., D), what forward(head=False) returns -> logits (..., V)."""
+        return F.linear(x, (self.lm_head or self.embed_tokens).weight[:self.n_vocab])
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype: torch.dtype = torch.float32) -> "GPT":
@@ -277,7 +286,7 @@ class KVCache:
         self.k[:, rows, :size], self.v[:, rows, :size], self.length[rows] = other.k, other.v, other.length
 
 
-def pad(rows: list[list[int]], value: int, device=None) -> Tensor:
+def pad(rows: list, value: int, device=None) -> Tensor:
     """Right-pad lists to a (B, T) int64 tensor."""
     width = max(map(len, rows))
     return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.int64, device=device)
@@ -310,10 +319,10 @@ def uniforms(seed, n: int) -> np.ndarray:
 
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds: list, temperature: float = 1.0,
-             stop_ids: tuple[int, ...] | None = None, stop=None, batch_size: int = 256, vocab: int | None = None) -> list[Sample]:
+             stop_ids: tuple[int, ...] | None = None, stop=None, batch_size: int = 256) -> list[Sample]:
     """Continue each prompt until a token of stop_ids (default: end of document), until stop(tokens) is true, or max_new_tokens.
 
-    seeds: one per prompt, anything `np.random.default_rng` takes. vocab: logits from there on are padding rows, never drawn.
+    seeds: one per prompt, anything `np.random.default_rng` takes.
     A row that finishes hands its slot to the next waiting prompt; when none waits, finished rows are dropped.
     Raises ValueError for an empty prompt or one that leaves no room in the context.
     """
@@ -332,22 +341,30 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     size = max(map(len, prompts)) + max_new_tokens
     dtype = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else model.embed_tokens.weight.dtype
 
+    def extend(cache, parts):
+        """Append tokens to each row of a cache."""
+        if any(parts):
+            text = pad(parts, cfg.eos_id, dev)                                                        # (B, T)
+            model(text, cache=cache, at=torch.zeros_like(text, dtype=torch.bool))                     # a cache needs no logits
+        cache.length += torch.tensor([len(p) for p in parts], device=dev)
+
     def prefill(ids):
         """Run the prompts of `ids` (all tokens but the last, which the decoding loop feeds) into a cache of their own."""
-        body = [prompts[i][:-1] for i in ids]
-        width = max(map(len, body))
-        fresh = KVCache(cfg, len(ids), width, dev, dtype)
-        if width:
-            model(pad(body, cfg.eos_id, dev), cache=fresh, head=False)
-        fresh.length = torch.tensor([len(b) for b in body], device=dev)
-        return fresh
+        body = [tuple(prompts[i][:-1]) for i in ids]
+        unique = {b: n for n, b in enumerate(dict.fromkeys(body))}              # the samples of a group share their prompt,
+        prefix = os.path.commonprefix(list(unique))                             # few-shot prompts share their examples: run those once
+        fresh = KVCache(cfg, 1, max(map(len, body)), dev, dtype)
+        extend(fresh, [prefix])
+        fresh = fresh.select(torch.zeros(len(unique), dtype=torch.int64, device=dev))
+        extend(fresh, [b[len(prefix):] for b in unique])
+        return fresh.select(torch.tensor([unique[b] for b in body], device=dev))
 
     rows = [waiting.pop() for _ in range(min(batch_size, len(waiting)))]        # the prompt in each slot
     cache = KVCache(cfg, len(rows), size, dev, dtype)
     cache.put(torch.arange(len(rows), device=dev), prefill(rows))
     last = torch.tensor([prompts[i][-1] for i in rows], device=dev)
     while rows:
-        logits = model(last[:, None], cache=cache)[:, 0, :vocab].float()                              # (B, V)
+        logits = model(last[:, None], cache=cache)[:, 0].float()                              # (B, V)
         cache.length += 1
         u = torch.tensor([noise[i][len(out[i].tokens)] for i in rows], dtype=torch.float64)
         last = pick(logits, u.to(dev), temperature)                                                   # (B,)
@@ -373,6 +390,98 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
             index = torch.tensor(keep, dtype=torch.int64, device=dev)
             rows, last, cache = [rows[slot] for slot in keep], last[index], cache.select(index)
     return out
+
+
+# ------------------------------------------------------------------------------------------------- how much memory it takes
+
+# The shapes of the models that train.PRESETS names, from their config.json: their memory can be predicted before they are downloaded.
+# Nothing but shapes: the frequencies of the positions and the ids of special tokens are left at their defaults.
+SHAPES = {
+    "HuggingFaceTB/SmolLM2-135M": GPTConfig(vocab_size=49_152, d_model=576, n_layer=30, n_head=9, n_kv_head=3, head_dim=64, d_ff=1536, context=8192),
+    "Qwen/Qwen2.5-1.5B": GPTConfig(vocab_size=151_936, d_model=1536, n_layer=28, n_head=12, n_kv_head=2, head_dim=128, d_ff=8960, context=131_072,
+                                   qkv_bias=True),
+    "meta-llama/Llama-3.2-1B": GPTConfig(vocab_size=128_256, d_model=2048, n_layer=16, n_head=32, n_kv_head=8, head_dim=64, d_ff=8192, context=131_072),
+    "meta-llama/Llama-3.1-8B": GPTConfig(vocab_size=128_256, d_model=4096, n_layer=32, n_head=32, n_kv_head=8, head_dim=128, d_ff=14_336, context=131_072,
+                                         tie_embeddings=False),
+}
+
+
+def parameters(cfg: GPTConfig) -> tuple[int, int, int]:
+    """Numbers of weights: of the whole model, of one block, of the embedding (or of the unembedding, which is as large)."""
+    D, H, K, C = cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim
+    block = 2 * D * H * C + 2 * D * K * C + 3 * D * cfg.d_ff + 2 * D + cfg.qkv_bias * (H + 2 * K) * C + cfg.qk_norm * 2 * C
+    embedding = cfg.vocab_size * D
+    return (1 if cfg.tie_embeddings else 2) * embedding + cfg.n_layer * block + D, block, embedding
+
+
+def memory(cfg: GPTConfig, phase: str, *, rows: int, length: int, precision: str = "autocast", recompute: bool = False, frozen: bool = False,
+           shards: int = 1, positions: int = 1024) -> dict[str, float]:
+    """Predicted memory of one device, in bytes: each term, and the `total` at the worst moment, for `rows` sequences of `length` tokens.
+
+    phase: "estep", "mstep", "rlvr": a micro-batch in training; "sampling": rollouts between the updates, rows at a time.
+    precision: "float32"; "autocast": float32 weights, bfloat16 products; "bfloat16": --offload, with the moments elsewhere.
+    recompute: --checkpoint-blocks. frozen: a second, constant copy of the weights (pi, the KL's reference). shards: --shard over so many.
+    Not counted: what the allocator loses to fragments and the CUDA context (one or two GB). Raises ValueError for another phase or precision.
+
+    The terms follow the code line by line; tests compare them with what is really allocated on the CPU. CUDA's fused kernels keep less.
+    """
+    if phase not in ("estep", "mstep", "rlvr", "sampling") or precision not in ("float32", "autocast", "bfloat16"):
+        raise ValueError(f"no prediction for phase {phase!r} in precision {precision!r}")
+    D, H, K, C, F_, L, V = cfg.d_model, cfg.n_head, cfg.n_kv_head, cfg.head_dim, cfg.d_ff, cfg.n_layer, cfg.vocab_size
+    (P, block, embedding), N, tied = parameters(cfg), rows * length, cfg.tie_embeddings
+    weight = 2 if precision == "bfloat16" else 4                    # bytes of a weight and of its gradient
+    value = 4 if precision == "float32" else 2                      # of a result of a matrix product
+    out = {"weights": weight * P / shards}
+    if precision != "bfloat16":
+        out["Adam's moments"] = 8 * P / shards                      # two, float32
+    if shards > 1:
+        weight, precision = 2, "bfloat16"                           # fully_shard gathers in bfloat16: from here on all is as in that
+        out["replica to sample from"] = 2 * P
+    if frozen:
+        out["frozen copy"] = weight * P
+    # Autocast makes a bfloat16 copy of each weight of a product, and keeps it as long as the graph or its block lasts.
+    casts, head = (2 * L * block, 2 * embedding) if precision == "autocast" else (0, 0)
+
+    if phase == "sampling":
+        if casts:
+            out["bfloat16 copies"] = casts
+        out["KV cache"] = 2 * (2 * L * N * K * C * value)           # keys and values; twice, while `select` drops finished rows
+        # All rows from their first token, as a rollout begins. In attention: the mask as bool, also for each query head of a key, and that as
+        # numbers. In the MLP: silu(gate), up and their product.
+        forward = N * (D * (2 * weight + value) + max(3 * F_ * value, length * (1 + (1 + value) * H / K) + 4 * H * C * value))
+        # A softmax and its product or sum in float64: of 256 gates at a time, or of the next token of each row.
+        logits = 16 * V * max(256, rows) + head
+        out |= {"forward pass" if forward >= logits else "logits": max(forward, logits)}         # one after the other
+        return out | {"total": sum(out.values())}
+
+    out["gradients"] = (4 if shards > 1 else weight) * P / shards
+    if shards > 1:      # the embeddings stay gathered with their gradients, in bfloat16 and, to be summed, float32; of blocks the current, the next
+        out["gathered weights and gradients"] = 8 * (1 if tied else 2) * embedding + 12 * block
+    # What a block keeps of each token for its backward pass. Both norms: their input (the residual stream) and their result before its weight;
+    # inputs of the matrix products, which autocast casts once per product; q, k, v (k and v per query head) and attention's result;
+    # gate, silu(gate), up and their product; two inverse norms, and the logarithm of attention's denominator per head.
+    norms, inputs = {"float32": (16, 8), "autocast": (16, 10), "bfloat16": (12, 4)}[precision]
+    token = (norms + inputs) * D + value * (4 * H * C + 4 * F_) + 4 * H + 8 + cfg.qk_norm * (H + K) * (8 * C + 4)
+    if phase == "mstep":
+        token += value * length                                     # the mask that keeps packed documents apart, as numbers
+    kept = N * (12 * D + L * (weight * D if recompute else token))  # 12 D: the last norm
+    again = N * token + casts / L if recompute else 0
+    # Logits and what is made of them. Cross-entropy: log-softmax, its gradient, the logits' gradient, float32. The E-step: logits of q and
+    # pi, log-softmaxes of both over the line and of each at its gate (every 8th token or so), their difference, weighted.
+    gradient = weight * embedding
+    if phase == "estep" and recompute:      # some positions at a time; the weighting is not made again; in the backward pass, with the sum of
+        before = V * min(N, max(positions, rows)) * (2 * value + 23)                # the unembedding's gradients so far, and pi's states
+        after = before + head + gradient * (N > positions) + 3 * N * D * weight
+    elif phase == "estep":
+        before = after = V * N * (2 * value + 27) + head
+    else:
+        before, after = V * N * 8 + head, V * N * 12 + head         # in the forward and in the backward pass
+    logits = max(before + casts, after) if recompute else after + casts             # recomputed blocks' copies go with the forward pass
+    # Later in the backward pass, with the logits gone: the unembedding's gradient, twice (that of its first n_vocab rows, then of all); a
+    # block made again beside it, where it waits for the embedding's; in the end both and their sum, with the activations gone.
+    later = max(2 * gradient + (0 if recompute else casts), again + gradient * tied, 3 * gradient * tied - kept)
+    out |= {"activations": kept, "logits" if logits >= later else "gradients on their way": max(logits, later)}  # the worst moment
+    return out | {"total": sum(out.values())}
 
 
 # ------------------------------------------------------------------------------------- the Hugging Face layout of a model
@@ -477,15 +586,16 @@ CHAR_OF = {b: c for c, b in BYTE_OF.items()}
 class HubEncoding(tiktoken.Encoding):
     """An Encoding that does what some tokenizers do beside BPE: normalise Unicode (Qwen), drop bytes they do not know (SmolLM2).
 
-    size: ids of the tokenizer, those above stand for unknown bytes; nfc: whether it normalises; source: its tokenizer.json.
+    size: ids of the tokenizer, those above stand for unknown bytes; nfc: whether it normalises; bos: what it sets before every
+    document (Llama-3), see `encode_prompt`; source: its tokenizer.json.
     """
 
-    def __init__(self, name: str, *, size: int, nfc: bool, source: Path, **bpe):
+    def __init__(self, name: str, *, size: int, nfc: bool, bos: list[int], source: Path, **bpe):
         super().__init__(name, **bpe)
-        self.size, self.nfc, self.source, self.max_token_value = size, nfc, source, size - 1
+        self.size, self.nfc, self.bos, self.source, self.max_token_value = size, nfc, bos, source, size - 1
 
     def __getstate__(self):                                         # for pickle: the arguments of __init__
-        return {**super().__getstate__(), "size": self.size, "nfc": self.nfc, "source": self.source}
+        return {**super().__getstate__(), "size": self.size, "nfc": self.nfc, "bos": self.bos, "source": self.source}
 
     def encode_ordinary(self, text: str) -> list[int]:
         return [t for t in super().encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text) if t < self.size]
@@ -517,6 +627,7 @@ def load_tokenizer(name) -> tiktoken.Encoding:
         need(not any(t.get(k) for t in added for k in ("lstrip", "rstrip", "single_word")), "an added token that swallows its neighbours")
         special = {t["content"]: t["id"] for t in added}
         ranks = {bytes(BYTE_OF[c] for c in t): i for t, i in bpe["vocab"].items() if t not in special}
+        bos = [i for t in begins(spec.get("post_processor")) for i in t]
         made = [bpe["vocab"][m.replace(" ", "") if isinstance(m, str) else "".join(m)] for m in bpe["merges"]]
     except (KeyError, TypeError, AttributeError) as e:
         need(False, f"an entry ({type(e).__name__}: {e})")
@@ -529,8 +640,29 @@ def load_tokenizer(name) -> tiktoken.Encoding:
     size = 1 + max([*ranks.values(), *special.values()])
     unknown = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]       # tiktoken wants a rank for every byte
     ranks |= {b: size + i for i, b in enumerate(unknown)}
-    return HubEncoding(str(name), size=size, nfc=normalizer is not None, source=file,
+    return HubEncoding(str(name), size=size, nfc=normalizer is not None, bos=bos, source=file,
                        pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def encode_prompt(enc: tiktoken.Encoding, text: str) -> list[int]:
+    """Tokens of the beginning of a document: after Llama-3's <|begin_of_text|>, without which it predicts badly; others have none."""
+    return [*getattr(enc, "bos", ()), *enc.encode_ordinary(text)]
+
+
+def begins(post: dict | None) -> list[list[int]]:
+    """The ids of the special tokens that a post_processor sets before a text."""
+    parts = post["processors"] if post and post["type"] == "Sequence" else [post] if post else []
+    return [part["special_tokens"][piece["SpecialToken"]["id"]]["ids"] for part in parts if part["type"] == "TemplateProcessing"
+            for piece in itertools.takewhile(lambda piece: "SpecialToken" in piece, part["single"])]
+
+
+def load_pretrained(name, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[GPT, tiktoken.Encoding]:
+    """A model and its tokenizer, by folder or hub name. Raises what the two loaders raise; ValueError if the two do not fit together."""
+    enc, model = load_tokenizer(name), GPT.from_pretrained(name, device, dtype)
+    if enc.n_vocab > model.n_vocab:
+        raise ValueError(f"the tokenizer of {name} has {enc.n_vocab} tokens, its model {model.n_vocab}: they do not belong together")
+    model.n_vocab = enc.n_vocab
+    return model, enc
 
 
 def cuts(pre: dict) -> str | None:

@@ -27,7 +27,7 @@ from torch import Tensor
 import elbo
 from bench import attempt
 from elbo import ACTION, PROMPT, Batch, Trace, chunks
-from model import GPT, Sample
+from model import GPT, Sample, encode_prompt
 from sandbox import Sandbox
 
 
@@ -52,9 +52,8 @@ def has_signal(rewards: Tensor) -> Tensor:
 
 def token_logprobs(model, batch: Batch) -> Tensor:
     """log pi of every token given those before it: (B, T - 1), at temperature 1, 0 outside of actions."""
-    logits = model(batch.tokens[:, :-1]).float()                                                        # (B, T-1, V)
-    logp = -F.cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
-    return torch.where(batch.kind[:, 1:] == ACTION, logp.view(len(batch), -1), 0.0)
+    logp = -F.cross_entropy(elbo.logits_of(model, batch).float(), batch.tokens[:, 1:][batch.scored], reduction="none")   # (N,)
+    return logp.new_zeros(batch.scored.shape).masked_scatter(batch.scored, logp)                        # (B, T-1)
 
 
 def grpo_loss(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.28,
@@ -79,17 +78,18 @@ def grpo_loss(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, *, cli
 def grpo(run, stage: str, model: GPT, data, box: Sandbox, evaluate):
     """GRPO on data.rl_problems; evaluate(model) -> float gives the curve on held-out problems. Trains `model` in place."""
     s = run.s
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    reference = copy.deepcopy(model).requires_grad_(False) if s.kl else None
+    optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
+    reference = copy.deepcopy(run.actor(model)).requires_grad_(False) if s.kl else None
     for step in run.steps(stage, model, optimizer, s.rl_steps, s.rl_lr, warmup=5):
+        actor = run.actor(model)
         if step % 5 == 0:
-            run.log(phase=stage, step=step, greedy=evaluate(model))
+            run.log(phase=stage, step=step, greedy=evaluate(actor))
         picked = np.random.default_rng(run.draw("rlvr", step)).choice(len(data.rl_problems), s.rl_problems, replace=False).tolist()
         tries = [(i, k) for i in run.mine(picked) for k in range(s.rl_group)]
         problems = [data.rl_problems[i] for i, _ in tries]
         with run.autocast():
-            samples, passed = attempt(model, data.enc, problems, [run.draw("rlvr", step, i, k) for i, k in tries], box,
-                                      max_new_tokens=s.max_new_tokens)
+            samples, passed = attempt(actor, data.enc, problems, [run.draw("rlvr", step, i, k) for i, k in tries], box,
+                                      max_new_tokens=s.max_new_tokens, batch_size=s.sample_batch)
         rewards = torch.tensor(passed, dtype=torch.float32).view(-1, s.rl_group)                        # (P, G)
         signal = has_signal(rewards)                                                                    # (P,)
         advantage = group_advantages(rewards, s.z_score).flatten().to(run.device)                       # (P * G,)
@@ -98,7 +98,7 @@ def grpo(run, stage: str, model: GPT, data, box: Sandbox, evaluate):
 
         def micro_batches():
             for part in chunks(used, s.micro_batch):
-                batch = elbo.collate([as_trace(data.enc.encode_ordinary(problems[i].prompt), samples[i]) for i in part], run.device)
+                batch = elbo.collate([as_trace(encode_prompt(data.enc, problems[i].prompt), samples[i]) for i in part], run.device)
                 mask = batch.kind[:, 1:] == ACTION
                 old = torch.zeros(mask.shape, device=run.device)
                 old[mask] = torch.tensor([logp for i in part for logp in samples[i].logprobs], device=run.device)
@@ -113,4 +113,4 @@ def grpo(run, stage: str, model: GPT, data, box: Sandbox, evaluate):
             sum(passed), len(passed), int(signal.sum()), len(signal), sum(not x.stopped for x in samples), sum(len(x.tokens) for x in samples))
         run.log(phase=stage, step=step, reward=right / n, signal=live / groups, truncated=cut / n, length=length / n, grad_norm=norm,
                 show=f"reward {right / n:.0%} groups with signal {live / groups:.0%}")
-    run.log(phase=stage, step=s.rl_steps, greedy=evaluate(model))
+    run.log(phase=stage, step=s.rl_steps, greedy=evaluate(run.actor(model)))

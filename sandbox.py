@@ -92,7 +92,7 @@ class Check:
     entry_point: what is tested: the expression `f`, or `Solution().twoSum`.
     prelude: trusted, not secret (the prompt, the imports): runs in the worker before `test`, and in the candidate before
         `source`. Instances of classes that it defines (ListNode) can be arguments and results.
-    timeout_s: CPU seconds for the whole program and its tests; None: the sandbox's own.
+    timeout_s: CPU seconds of program and tests, and a quarter of the wall seconds; None: the sandbox's own.
     """
     source: str
     test: str
@@ -110,7 +110,7 @@ class Asserts:
     setup: trusted statements that run before them. The candidate gets the imports in it, and nothing else.
     names: what the tests may use of the program. Give `names_under_test(reference, tests)` where there is a reference
         solution; when empty: the names in the tests that neither Python nor setup and tests define.
-    timeout_s: CPU seconds for the whole program and its tests; None: the sandbox's own.
+    timeout_s: CPU seconds of program and tests, and a quarter of the wall seconds; None: the sandbox's own.
     """
     source: str
     tests: tuple[str, ...]
@@ -124,7 +124,7 @@ class Stdio:
     """A program from stdin to stdout: LiveCodeBench, Codeforces. One process per case, up to the first that fails.
 
     cases: pairs (stdin, expected stdout), compared token by token, with a tolerance where a float is expected.
-    timeout_s: CPU seconds for each case; None: the sandbox's own.
+    timeout_s: CPU seconds of each case, and a quarter of its wall seconds; None: the sandbox's own.
     """
     source: str
     cases: tuple[tuple[str, str], ...]
@@ -148,8 +148,8 @@ class Sandbox:
     """A pool of workers. Use as a context manager, or call `close()`.
 
     workers: None means one per core that this process may use, shared between the ranks of torchrun on this machine.
-    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none; CPU, so that verdicts
-    do not depend on what else the machine does. Wall time is limited to WALL_FACTOR times that, for programs that wait.
+    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none; four times as much
+    wall time ends it too (it may sleep, or wait for a busy core).
     Raises ValueError for a bad argument, RuntimeError where the sandbox cannot work (no Linux, no seccomp).
     """
 
@@ -1009,7 +1009,8 @@ libc = ctypes.PyDLL(None)
 # 200 pages: half the price of a fork. A process that has one thread and no lock taken has nothing to put in order.
 raw_fork = libc.fork
 
-# What a program may import: no file can be opened later. sortedcontainers where it is installed: judges have it.
+# What a program may import: no file can be opened later. Each megabyte here costs every program about 0.05 ms.
+# sortedcontainers where it is installed: judges have it.
 MODULES = """
     abc argparse array ast base64 binascii bisect calendar cmath codecs collections collections.abc colorsys
     concurrent.futures.thread contextlib contextvars copy copyreg csv dataclasses datetime decimal difflib dis enum errno

@@ -3,9 +3,10 @@
     python train.py                                         # the embedded world, one process
     torchrun --standalone --nproc-per-node=2 train.py       # the same on two: same draws, same global batches
     python train.py --seeds 5                               # five seeds, means and standard errors in the report
-    python train.py --ablations --seeds 2                   # figures 6 and 7: c, return horizon, persistence, BRiTE, no RL
+    python train.py --ablations all --seeds 2               # figures 6 and 7: c, return horizon, persistence, BRiTE, no RL
     python train.py --pretrain out/base                     # makes the base model that the others start from
     python train.py --resume --name NAME                    # goes on where a killed run stopped
+    python train.py --preset qwen2.5-1.5b --memory          # what a recipe for a real model needs; without --memory, runs it
 
 A run leaves runs/<name>/: config.json, metrics.jsonl, a checkpoint per stage, report.md and its figures.
 
@@ -19,7 +20,6 @@ import contextlib
 import copy
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +43,7 @@ import elbo
 import estep
 import mstep
 import rlvr
-from model import GPT, GPTConfig, load_tokenizer, save_tokenizer, write_whole
+from model import GPT, SHAPES, GPTConfig, encode_prompt, find_model, load_pretrained, memory, read_config, write_whole
 from sandbox import Sandbox
 
 
@@ -56,14 +57,21 @@ class Settings:
     model: str = option("base", "folder or hub name of the base model; `base` ships with the code")
     seed: int = option(0, "first seed")
     seeds: int = option(1, "number of seeds; the report then shows means and standard errors")
+    preset: str = option("world", "a recipe, see PRESETS; flags given beside it win")
+    memory: bool = option(False, "print the memory that a GPU will need, and stop; needs no weights")
     resume: bool = option(False, "go on with the run called --name")
     threads: int = option(0, "CPU threads per process; 0: all cores, shared among the ranks (more only get in each other's way)")
-    ablations: bool = option(False, "run the variants of figures 6 and 7 instead of the main experiment")
+    ablations: str = option("", "variants of figures 6 and 7 to run instead of the main experiment: all, or some of ABLATIONS, such as c=0.2,BRiTE")
     pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
     pretrain_tokens: int = option(7_000_000, "solution tokens of that: arithmetic appears after about 2M in a phase change")
     # data
     data: str = option("world", "experts' programs: world; a benchmark with solutions (leetcode:train); or a corpus: a hub name, file or folder")
     column: str = option("text", "the corpus column that holds the programs")
+    rounds: int = option(1, "of E-step and M-step, each with --experts programs of its own; a corpus is read on, and memory holds one round's")
+    warm_data: str = option("", "commented programs to warm a cold base up on, before everything else: a corpus, or stdlib, which every machine has")
+    warm_column: str = option("text", "the column of that corpus")
+    warm_steps: int = option(0, "updates of that warm start, --m-programs each; real bases hardly ever write a comment by themselves")
+    warm_density: float = option(0.1, "least share of lines with a comment of a program used for it")
     benchmark: str = option("world", "held-out problems: world, or a benchmark (humaneval, mbpp, leetcode:test ...)")
     rl_data: str = option("world", "RLVR's problems: world, or a benchmark (mbpp-docstring:train, leetcode:train ...)")
     data_dir: str = option("", "folder with the benchmarks as JSONL files; default: the hub")
@@ -85,11 +93,13 @@ class Settings:
     broken_cost: float = option(0.5, "nats that a malformed rationale costs, more than the best could win back by chance")
     horizon: int = option(6, "lines over which a rationale's effect is credited: a loop is 5 lines long")
     gamma: float = option(0.9, "discount per line in the return")
+    explore: float = option(0.0, "share of gates that rollouts force open; for a cold base, whose gate would open too seldom to learn from")
     max_rationale: int = option(40, "longest rationale in tokens; eight worked-out terms take 31")
     rationales: str = option("learned", "where to think: learned; always (no persistence); first (BRiTE); never")
     # M-step
     m_steps: int = option(100, "updates")
     m_programs: int = option(64, "programs per update")
+    equal_compute: bool = option(True, "also train NTP for as much compute as RA3 took in all")
     m_lr: float = option(3e-4, "AdamW's peak, after 10 steps of warm-up, decaying linearly to a tenth; best for NTP of 1e-4, 3e-4 and 1e-3")
     row_tokens: int = option(256, "length of packed rows; a longer program has a row of its own length")
     # RLVR
@@ -103,6 +113,11 @@ class Settings:
     z_score: bool = option(False, "divide group advantages by their standard deviation")
     kl: float = option(0.0, "weight of the k3 KL to the model RLVR starts from")
     micro_batch: int = option(32, "sequences per forward pass in training; changes memory and speed, not the result (but for rounding)")
+    sample_batch: int = option(256, "sequences that are sampled at a time, likewise")
+    context: int = option(2 ** 20, "longest sequence in tokens, where the model itself allows more; written to the config.json of what is trained")
+    checkpoint_blocks: bool = option(False, "keep only each block's input for the backward pass and compute the rest again: a third more time, much less memory")
+    shard: bool = option(False, "weights, gradients and moments cut over the GPUs (torch's fully_shard); each keeps a bfloat16 replica to sample from")
+    offload: bool = option(False, "weights and gradients in bfloat16; float32 copies and Adam's moments in main memory, 16 bytes per weight there")
     save_every: int = option(25, "updates between checkpoints")
 
     def check(self):
@@ -111,9 +126,9 @@ class Settings:
             if not ok:
                 raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: {what}")
         for f in dataclasses.fields(self):
-            if f.type is int and f.name not in ("seed", "threads", "rl_steps", "e_steps", "m_steps"):
+            if f.type is int and f.name not in ("seed", "threads", "rl_steps", "e_steps", "m_steps", "warm_steps"):
                 need(getattr(self, f.name) >= 1, f.name, "must be at least 1")
-            if f.name in ("rl_steps", "e_steps", "m_steps", "seed", "threads"):
+            if f.name in ("rl_steps", "e_steps", "m_steps", "warm_steps", "seed", "threads"):
                 need(getattr(self, f.name) >= 0, f.name, "must not be negative")
             if f.name.endswith("_lr"):
                 need(0 < getattr(self, f.name) < 1, f.name, "a learning rate lies between 0 and 1")
@@ -124,9 +139,74 @@ class Settings:
         for name in ("c", "beta", "floor", "broken_cost", "e_anchor", "kl", "clip_low", "clip_high"):
             need(getattr(self, name) >= 0, name, "a penalty or weight is not negative")
         need(0 < self.p_think < 1, "p_think", "a probability strictly between 0 and 1 is needed")
+        need(0 <= self.explore < 1, "explore", "a share below 1 is needed; to think everywhere, use --rationales always")
+        need(bool(self.warm_data) == (self.warm_steps > 0), "warm_steps", "--warm-data and --warm-steps go together")
         need(0 < self.gamma <= 1, "gamma", "a discount lies in (0, 1]")
         need(self.rationales in estep.MODES, "rationales", f"expected one of {', '.join(estep.MODES)}")
+        need(self.ablations in ("", "all") or set(self.ablations.split(",")) <= set(ABLATIONS), "ablations", f"expected all, or some of {', '.join(ABLATIONS)}")
         need(not self.resume or bool(self.name), "resume", "say which run, with --name")
+        need(not (self.shard and (self.offload or self.pretrain)), "shard", "cannot be had together with --offload or --pretrain")
+        need(not self.shard or self.memory or int(os.environ.get("WORLD_SIZE", 1)) > 1, "shard",
+             "needs several processes; start with torchrun --standalone --nproc-per-node=8")
+
+
+# Recipes: what differs from the defaults above. That they fit their cards is predicted (`--preset NAME --memory`, and a test holds them to it). What
+# they reach and how long they take has not been measured, and nothing in them is tuned: learning rates are the usual ones at these sizes.
+REAL = dict(
+    data="codeparrot/codeparrot-clean", column="content",    # 5M Python files from GitHub, deduplicated; the hub serves them as a stream
+    warm_data="codeparrot/codeparrot-clean", warm_column="content", warm_steps=50,     # real bases hardly comment, and to no use: the README has
+    explore=0.1,                                             # the measurement on SmolLM2, where the warm-up and these forced gates both helped
+    benchmark="mbpp-docstring",                              # held-out cross-entropy needs solutions, which LiveCodeBench lacks
+    rl_data="leetcode:train", rl_pool=1024,
+    eval_problems=400,                                       # a standard error of 2.5 points at most; two of the last hundred have very long prompts
+    context=1536, row_tokens=1536,                           # LeetCode's longest prompt, 2,100 characters, and the answer; packed rows are filled
+    max_new_tokens=512,                                      # 99 in 100 of LeetCode's solutions have at most 1,500 characters
+    max_rationale=64,                                        # a sentence or two
+    horizon=16,                                              # real blocks are longer than the world's loops of 5 lines
+    experts=8192,                                            # 200 updates of 64 programs read them one and a half times
+    e_rollouts=4, e_programs=32,                             # as many rollouts as the world's, on more programs: real ones differ more
+    e_steps=100, m_steps=200, rl_steps=100, rl_problems=32, save_every=20,
+    sample_batch=64,                                         # what its cache takes would otherwise be the most of all
+)
+BILLION = dict(REAL, checkpoint_blocks=True, micro_batch=8,  # without, the E-step on one program's four versions would take 84 GB (Qwen2.5)
+               e_lr=5e-6, m_lr=1e-5,                         # Adam moves a weight by about this much per update; weights are about 0.02
+               rl_lr=1e-6)                                   # what GRPO is mostly run with; rewards are noisier than text
+SMALL_CARD = dict(offload=True,                              # float32 weights, gradients and moments are 16 bytes per weight: 25 GB for 1.5B
+                  micro_batch=2)                             # a row of 1,536 tokens has 2.8 GB of logits and their gradients when V = 152k
+ROOM = 0.9e9                # bytes per GB of a card that a prediction may fill: the CUDA context and fragments take one or two GB
+PRESETS: dict[str, dict] = {
+    "world": {},
+    # One GPU of 24 GB. Smaller models bear larger learning rates; half of the problems, and fewer updates, for a first look.
+    "smollm2-135m": dict(REAL, model="HuggingFaceTB/SmolLM2-135M", e_lr=2e-5, m_lr=5e-5, rl_lr=5e-6, experts=2048, e_programs=16, e_steps=30,
+                         m_steps=60, rl_steps=20, rl_problems=16, eval_problems=128, max_new_tokens=256, micro_batch=4),
+    # One GPU of 80 GB: float32 weights and moments, products in bfloat16.
+    "qwen2.5-1.5b": dict(BILLION, model="Qwen/Qwen2.5-1.5B"),
+    "llama-3.2-1b": dict(BILLION, model="meta-llama/Llama-3.2-1B"),
+    # One GPU of 24 GB and 32 GB of main memory: what `OnCPU` says about precision, and two crossings of the bus per update, are the price.
+    "qwen2.5-1.5b-24gb": dict(BILLION, model="Qwen/Qwen2.5-1.5B") | SMALL_CARD,
+    "llama-3.2-1b-24gb": dict(BILLION, model="meta-llama/Llama-3.2-1B") | SMALL_CARD,
+    # Eight GPUs of 80 GB: torchrun --standalone --nproc-per-node=8. A checkpoint takes rank 0 about 200 GB of main memory.
+    "llama-3.1-8b": dict(BILLION, model="meta-llama/Llama-3.1-8B", shard=True, micro_batch=4, sample_batch=32),
+}
+
+
+def predict(s: Settings, cfg: GPTConfig, shards: int = 1) -> dict[str, dict[str, float]]:
+    """Phase -> term -> predicted bytes on a GPU (`model.memory`), for micro-batches whose sequences are all as long as can be."""
+    longest = min(s.context, cfg.context)
+    group = max(s.micro_batch // s.e_rollouts, 1) * s.e_rollouts                  # the E-step keeps a program's versions together
+    how = dict(precision="bfloat16" if s.offload else "autocast", recompute=s.checkpoint_blocks, shards=shards)
+    return {phase: memory(cfg, phase, rows=rows, length=longest, frozen=frozen, **how) for phase, rows, frozen in (
+        ("sampling", s.sample_batch, True), ("estep", group, True), ("mstep", s.micro_batch, False), ("rlvr", s.micro_batch, s.kl > 0))}
+
+
+def print_memory(s: Settings):
+    cfg = SHAPES.get(s.model) or read_config(find_model(s.model, "config.json"))
+    worst, gpus = 0.0, int(os.environ.get("WORLD_SIZE", 8)) if s.shard else 1
+    for phase, terms in predict(s, cfg, gpus).items():
+        worst = max(worst, terms["total"])
+        print(f"{phase:9}{terms['total'] / 1e9:6.1f} GB = " + " + ".join(f"{v / 1e9:.1f} {k}" for k, v in terms.items() if k != "total"))
+    verdicts = (f"{'fits' if worst <= ROOM * card else 'does not fit'} {card} GB" for card in (80, 24))
+    print(f"at most {worst / 1e9:.1f} GB on {f'each of {gpus} GPUs' if s.shard else 'a GPU'}: " + ", ".join(verdicts))
 
 
 def parse_flags(argv: list[str] | None = None) -> Settings:
@@ -137,6 +217,10 @@ def parse_flags(argv: list[str] | None = None) -> Settings:
             ap.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
         else:
             ap.add_argument(flag, type=f.type, default=f.default, help=text)
+    preset = ap.parse_args(argv).preset
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
+    ap.set_defaults(**PRESETS[preset])               # and once more: what the command line says still wins
     return Settings(**vars(ap.parse_args(argv)))
 
 
@@ -150,6 +234,8 @@ class Run:
         self.s, self.dir, self.seed = settings, folder, seed
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.resident: GPT | None = None             # see `use`
+        self.replica: GPT | None = None              # see `shard`
         self.compute = 0                             # tokens this rank put through a model, a training token counting three times
         self.records: list[dict] = []
         self.path = folder / "metrics.jsonl"
@@ -157,7 +243,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         marks = [json.loads(f.read_text())["log_bytes"] for f in [folder / "progress.json"] if f.exists()]
         if (folder / "state.pt").exists():
-            marks.append(torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["log_bytes"])
+            marks.append(torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)["log_bytes"])
         if marks:                                    # what was logged after the last checkpoint will be logged again
             size = max(marks)
             self.records = [json.loads(line) for line in self.path.read_bytes()[:size].splitlines()]
@@ -197,12 +283,16 @@ class Run:
         """This rank's share: every ranks-th item."""
         return items[self.rank::self.ranks]
 
+    def gather_lists(self, items: list) -> list[list]:
+        """Every rank's list."""
+        shares: list = [items] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(shares, items)
+        return shares
+
     def gather(self, items: list) -> list:
         """All ranks' shares, put back in order."""
-        if self.ranks == 1:
-            return items
-        shares: list = [None] * self.ranks
-        dist.all_gather_object(shares, items)
+        shares = self.gather_lists(items)
         return [shares[i % self.ranks][i // self.ranks] for i in range(sum(map(len, shares)))]
 
     # log and checkpoints ---------------------------------------------------------------------------------------------
@@ -231,10 +321,15 @@ class Run:
         """Train a copy of `start` by work(model) and keep it as runs/<name>/<stage>; a stage that is there is only loaded."""
         folder = self.dir / name
         if not any(r.get("key") == f"cost/{name}" for r in self.records):
-            model = self.meter(copy.deepcopy(start))
+            self.use(None)                           # make room
+            there = {id(p): torch.nn.Parameter(p.detach().to(self.device, copy=True)) for p in start.parameters()}
+            model = self.meter(copy.deepcopy(start, there))          # its weights go straight to the device
+            if self.s.shard:
+                self.shard(model)
             began, before = time.time(), self.compute
             work(model)
             # A crash between any two of these lines only repeats the end of the stage: the committed record is what says it is done.
+            model = self.whole(model)
             if self.rank == 0:
                 model.save_pretrained(folder)
             self.log(key=f"cost/{name}", seconds=round(time.time() - began, 1), compute=int(self.sum(self.compute - before)[0]))
@@ -242,7 +337,9 @@ class Run:
             if self.rank == 0:
                 (self.dir / "state.pt").unlink(missing_ok=True)
             self.barrier()
-        return GPT.from_pretrained(folder, device=self.device)
+        model = GPT.from_pretrained(folder, dtype=torch.bfloat16 if self.s.offload else torch.float32)
+        model.n_vocab, model.grad_checkpoint = start.n_vocab, start.grad_checkpoint
+        return model
 
     def steps(self, stage: str, model: GPT, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0.0):
         """Yield the steps still to do of 0..n-1, learning rate set: linear warm-up, then a linear fall by the share `decay`.
@@ -251,10 +348,9 @@ class Run:
         """
         path, first = self.dir / "state.pt", 0
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if state["stage"] == stage:
-                model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
+                self.load_state(model, optimizer, state)
                 first = state["step"]
                 self.compute += state["compute"] / self.ranks
         before = self.compute - (state["compute"] / self.ranks if first else 0)
@@ -266,14 +362,99 @@ class Run:
             if self.records and "show" in self.records[-1]:
                 bar.set_postfix_str(self.records[-1]["show"], refresh=False)
             if (step + 1) % self.s.save_every == 0 and step + 1 < n:
-                state = dict(stage=stage, step=step + 1, compute=self.sum(self.compute - before)[0], model=model.state_dict(),
-                             optimizer=optimizer.state_dict())
+                state = dict(stage=stage, step=step + 1, compute=self.sum(self.compute - before)[0], **self.state(model, optimizer))
                 if self.rank == 0:
                     torch.save(state | {"log_bytes": self.path.stat().st_size}, buffer := io.BytesIO())
                     write_whole(path, lambda tmp: tmp.write_bytes(buffer.getvalue()))     # torch's own writer hides the OSError
                 self.barrier()
 
-    # one optimizer step ----------------------------------------------------------------------------------------------
+    # one model over many GPUs ----------------------------------------------------------------------------------------
+    #
+    # Each rank holds a part of every weight, with its gradient and moments; a block's are gathered when it computes. So all ranks must
+    # compute in step, which rollouts, with their loops of any length, cannot. They have a replica, refreshed when it is asked for.
+
+    def shard(self, model: GPT):
+        """Cut the model over the ranks, in place: float32 parts, products in bfloat16 on a GPU, gradients summed in float32."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        cuda = self.device.type == "cuda"
+        self.replica = copy.deepcopy(model).to(torch.bfloat16 if cuda else torch.float32).requires_grad_(False)
+        # Inputs are not to be cast: the rotary angles would lose the position.
+        policy = MixedPrecisionPolicy(torch.bfloat16 if cuda else None, torch.float32, cast_forward_inputs=False)
+        how = dict(mesh=init_device_mesh(self.device.type, (self.ranks,)), mp_policy=policy)
+        model.float()
+        for block in model.layers:
+            fully_shard(block, **how)
+        fully_shard(model, reshard_after_forward=False, **how)       # the embeddings stay: the E-step needs the logits' matrix once more
+
+    @torch.no_grad()
+    def actor(self, model: GPT) -> GPT:
+        """The model to sample from and to evaluate: itself or, of one that is sharded, the replica with its present weights. All ranks must call."""
+        if not self.s.shard:
+            return model
+        for mine, part in zip(self.replica.parameters(), model.parameters(), strict=True):
+            mine.copy_(part.full_tensor())
+        return self.replica
+
+    def whole(self, model: GPT) -> GPT:
+        """The model on one rank: itself or, of one that is sharded, a float32 copy in main memory (on rank 0). All ranks must call."""
+        if not self.s.shard:
+            return model
+        weights = {}
+        for name, part in model.state_dict().items():
+            full = part.full_tensor()                # one at a time on the GPU
+            if self.rank == 0:
+                weights[name] = full.cpu()
+        self.replica = None
+        with torch.device("meta"):
+            copied = GPT(model.config)
+        if self.rank == 0:
+            copied.load_state_dict(weights, assign=True)
+        return copied
+
+    def state(self, model: GPT, optimizer) -> dict:
+        """What a checkpoint holds of both, whole also where they are sharded (on rank 0). All ranks must call."""
+        if not self.s.shard:
+            return dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))))
+
+    def load_state(self, model: GPT, optimizer, state: dict):
+        if not self.s.shard:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        else:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                           options=StateDictOptions(full_state_dict=True))
+
+    def in_step(self, model: GPT, losses):
+        """The losses and then, until all ranks are through, zeros that send one token through the model and so keep the others company.
+
+        Nobody knows beforehand that the others are through too: each update ends with one such pass on all ranks.
+        """
+        losses = iter(losses)
+        while True:
+            loss = next(losses, None)                # a forward pass, in which all ranks take part
+            left = loss is not None
+            if not left:
+                loss = 0.0 * model(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).sum()
+            yield loss                               # a backward pass, likewise
+            if not self.sum(left)[0]:
+                return
+
+    # sampling, and one optimizer step --------------------------------------------------------------------------------
+
+    def use(self, model: GPT | None) -> GPT | None:
+        """`model` on the device, to sample from. What was there for that before returns to main memory, where all models rest but the one in training."""
+        if model is None or model.device != self.device:
+            if self.resident is not None:
+                self.resident.to("cpu")
+            self.resident = model and model.to(self.device)
+        return model
+
+    def optimizer(self, kind, model: GPT, **options):
+        return OnCPU(kind, model.parameters(), **options) if self.s.offload else kind(model.parameters(), **options)
 
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -288,75 +469,64 @@ class Run:
         count = self.sum(count)[0]
         if not count:
             return 0.0                               # no rank has a signal: an optimizer would still move by its momentum
+        if self.s.shard:                             # it averages the gradients of the ranks; what counts is their sum
+            losses, count = self.in_step(model, losses), count / self.ranks
         for loss in losses:
             (loss / count).backward()
         params = list(model.parameters())
-        if self.ranks > 1:
+        if self.ranks > 1 and not self.s.shard:
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
             dist.all_reduce(flat)
             for p, g in zip(params, flat.split([p.numel() for p in params])):
                 p.grad = g.view_as(p)
         norm = torch.nn.utils.clip_grad_norm_(params, clip)
+        if self.s.shard:
+            norm = norm.full_tensor()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)        # sampling comes next, and needs the room
         return norm.item()
+
+
+class OnCPU:
+    """An optimizer of bfloat16 weights whose float32 copies of them, and moments, live in main memory: 16 bytes there, 4 on the device, per weight.
+
+    At a learning rate of 1e-5 an update is less than half of the last place of a bfloat16 weight of 0.02: without the copies it would
+    be rounded away. What remains inexact are the gradients, summed over micro-batches in bfloat16, and the copies' rounding at the end of a stage.
+    """
+
+    def __init__(self, kind, params, **options):
+        self.params = list(params)
+        self.exact = [p.detach().to("cpu", torch.float32, copy=True) for p in self.params]
+        self.inner = kind(self.exact, **options)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.inner.param_groups
+
+    def zero_grad(self, set_to_none: bool = True):
+        for p in (*self.params, *self.exact):
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        for p, e in zip(self.params, self.exact):
+            e.grad = None if p.grad is None else p.grad.to("cpu", torch.float32)
+        self.inner.step()
+        for p, e in zip(self.params, self.exact):
+            p.copy_(e)
+
+    def state_dict(self) -> dict:
+        return dict(exact=self.exact, inner=self.inner.state_dict())
+
+    def load_state_dict(self, state: dict):
+        self.inner.load_state_dict(state["inner"])
+        for e, saved in zip(self.exact, state["exact"], strict=True):
+            e.copy_(saved)
 
 
 def write_text(path: Path, text: str):
     write_whole(path, lambda tmp: tmp.write_text(text))
 
-
-# --------------------------------------------------------------------------------------------------------- the base model
-
-
-def pretrain(run: Run, folder: str):
-    """The embedded world's base model, from scratch, on web code without end: its loss is that of the M-step, its data all new."""
-    s = run.s
-    enc = bench.train_tokenizer()
-    torch.manual_seed(s.seed)
-    # Two layers, so that a chain of operations cannot be folded into one forward pass; wide enough to know the arithmetic.
-    model = GPT(GPTConfig(vocab_size=enc.n_vocab, d_model=128, n_layer=2, n_head=4, n_kv_head=2, head_dim=32, d_ff=336,
-                          eos_id=enc.eot_token)).to(run.device)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    if hasattr(torch.optim, "Muon"):                 # torch >= 2.9; ships with it; base/ was made with it
-        optimizers = [(torch.optim.Muon(matrices, weight_decay=0.0), 0.01), (torch.optim.Adam(others, betas=(0.9, 0.95)), 3e-3)]
-    else:
-        optimizers = [(torch.optim.Adam(model.parameters(), betas=(0.9, 0.95)), 3e-3)]
-    programs, seen, step = 64, 0, 0
-    with tqdm(total=s.pretrain_tokens, unit="token", unit_scale=True, disable=run.rank > 0, mininterval=5.0) as bar:
-        while seen < s.pretrain_tokens:
-            web = run.mine(bench.world("web", programs, seed=step))
-            traces = []
-            for p in web:
-                traces.append(elbo.Trace())
-                traces[-1].add(enc.encode_ordinary(p.prompt), elbo.PROMPT)
-                traces[-1].add(enc.encode_ordinary(p.solution) + [enc.eot_token], elbo.ACTION, 0)
-            batch = mstep.packed_batch(traces, mstep.pack(traces, s.row_tokens), run.device)
-            done = seen / s.pretrain_tokens
-            for optimizer, lr in optimizers:         # warm-up, constant, then down to nothing over the last 40%
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * min(1.0, (step + 1) / 50) * min(1.0, (1 - done) / 0.4)
-            n, loss = int(mstep.counted(batch).sum()), mstep.loss(model, batch)
-            run.update(model, Optimizers(o for o, _ in optimizers), [loss], n)
-            total, counted = run.sum(loss.item(), n)
-            seen, step = seen + int(counted), step + 1
-            bar.update(int(counted))
-            bar.set_postfix_str(f"loss {total / counted:.3f}")
-            if run.rank == 0 and (step % 500 == 0 or seen >= s.pretrain_tokens):
-                model.save_pretrained(folder)
-                save_tokenizer(enc, folder)
-
-
-class Optimizers(list):
-    """Several optimizers that step as one."""
-
-    def zero_grad(self, **kw):
-        for o in self:
-            o.zero_grad(**kw)
-
-    def step(self):
-        for o in self:
-            o.step()
 
 # --------------------------------------------------------------------------------------------------------- the experiment
 
@@ -366,61 +536,42 @@ class Data:
     """What all phases share: the tokenizer, its comment openers, and the problems."""
     enc: object
     openers: torch.Tensor
-    experts: list[elbo.Program]
+    experts: list[elbo.Program]                      # of the first round
+    position: tuple[int, int]                        # where in their corpus the next round begins
+    warm: list[elbo.Trace]                           # programs with their authors' comments
     heldout: list[elbo.Program]                      # the expert programs of the evaluation problems
     eval_problems: list[bench.Problem]
     rl_problems: list[bench.Problem]
+    unfit: dict[str, str]                            # problems left out of RL, and why
 
 
-def load_data(s: Settings, model: GPT, device) -> Data:
+def load_data(s: Settings, model: GPT, enc, box: Sandbox) -> Data:
     """Experts' programs, held-out problems and RL problems: of the embedded world, or from files and the hub by name.
 
     Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
     """
-    enc, eos = load_tokenizer(s.model), model.config.eos_id
-    room = model.config.context - s.max_rationale
-
-    def programs(name: str, texts, least: int) -> list[elbo.Program]:
-        out, n = [], 0
-        for n, (where, prompt, solution) in enumerate(texts, 1):
-            try:
-                p = elbo.parse(enc, prompt, solution, eos)
-            except ValueError as e:
-                raise ValueError(f"{name}: {where}: {e}") from None
-            out += [p] if len(p) <= room else []
-        if len(out) < least:
-            raise ValueError(f"{name}: {len(out)} of {n} programs fit the context with room for a rationale ({room} tokens), "
-                             f"{least} are needed; give more or shorter programs, or a model with a longer context")
-        return out
-
-    def solved(problems):
-        return ((p.id, p.prompt, p.solution) for p in problems if p.solution)
-    if enc.n_vocab > model.config.vocab_size:
-        raise ValueError(f"the tokenizer of {s.model} has {enc.n_vocab} tokens, its model {model.config.vocab_size}: they do not belong together")
-    least = max(s.e_programs, s.m_programs)
-    if s.data == "world":
-        experts = programs("world", solved(bench.world("train", s.experts, seed=0)), s.experts)
-    elif s.data.partition("@")[0].partition(":")[0] in bench.SOURCES:
-        experts = programs(s.data, solved(bench.load(s.data, s.data_dir or None, limit=s.experts)), least)
-    else:
-        corpus = bench.Corpus(s.data, s.column, limit=room, size=lambda text: len(enc.encode_ordinary(text)) + 2)
-        experts = programs(s.data, ((f"program {i}", "", text) for i, text in enumerate(itertools.islice(corpus, s.experts))), least)
     if s.benchmark == "world":
         evaluation = bench.world("eval", s.eval_problems, seed=0)
     else:
         evaluation = bench.load(s.benchmark, s.data_dir or None, limit=s.eval_problems)
-    rl = bench.world("train", s.rl_pool, seed=1) if s.rl_data == "world" else bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
+    if s.rl_data == "world":                         # fit by construction
+        rl, unfit = bench.world("train", s.rl_pool, seed=1), {}
+    else:
+        rl = bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
+        rl, unfit = bench.fit_for_rl(rl, box) if s.rl_steps else (rl, {})
     for name, problems in ((s.benchmark, evaluation), (s.rl_data, rl)):
         for p in problems:
-            if (n := len(enc.encode_ordinary(p.prompt))) + s.max_new_tokens > model.config.context:
+            if (n := len(encode_prompt(enc, p.prompt))) + s.max_new_tokens > model.config.context:
                 raise ValueError(f"{name}: the prompt of {p.id} has {n} tokens, which with --max-new-tokens {s.max_new_tokens} exceeds the context "
                                  f"of {model.config.context}")
     if len(rl) < s.rl_problems:
-        raise ValueError(f"{s.rl_data}: {len(rl)} problems, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
+        raise ValueError(f"{s.rl_data}: {len(rl)} problems are fit for RL, {len(unfit)} are not, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
     if not any(p.solution for p in evaluation):
         raise ValueError(f"{s.benchmark} has no solutions, which the held-out cross-entropy needs; choose a benchmark that has")
-    heldout = programs(s.benchmark, solved(evaluation), 1)
-    return Data(enc, elbo.opener_mask(enc, model.config.vocab_size).to(device), experts, heldout, evaluation, rl)
+    experts, position = mstep.read_experts(s, model, enc)
+    heldout = mstep.parse_all(s, model, enc, s.benchmark, mstep.solved(evaluation), 1)
+    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, position, mstep.read_commented(s, model, enc) if s.warm_data else [],
+                heldout, evaluation, rl, unfit)
 
 
 class Scorer:
@@ -433,9 +584,9 @@ class Scorer:
         """How many of k samples are right, for each of this rank's share of the first `problems`."""
         mine = self.run.mine(list(enumerate(self.data.eval_problems[:problems])))
         with self.run.autocast():
-            _, passed = bench.attempt(model, self.data.enc, [p for _, p in mine for _ in range(k)],
+            _, passed = bench.attempt(self.run.use(model), self.data.enc, [p for _, p in mine for _ in range(k)],
                                       [self.run.draw("eval", i, j) for i, _ in mine for j in range(k)], self.box,
-                                      max_new_tokens=self.run.s.max_new_tokens, temperature=temperature)
+                                      max_new_tokens=self.run.s.max_new_tokens, temperature=temperature, batch_size=self.run.s.sample_batch)
         return [sum(part) for part in elbo.chunks(passed, k)]
 
     def greedy(self, model: GPT, problems: int | None = None) -> float:
@@ -471,31 +622,59 @@ def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
                 think_other=rate(False), forms={form: [n, z / n] for form, (n, z) in sorted(sorted(seen.items(), key=lambda x: -x[1][0])[:20])}, programs=programs)
 
 
+def rounds(run: Run, model: GPT, data: Data):
+    """Yield, for each round, the suffix of its stages' names and the data with its expert programs, read on in the corpus."""
+    yield "", data
+    for n in range(1, run.s.rounds):
+        start = run.once(f"corpus.{n + 1}", lambda: {"position": data.position})["position"]
+        experts, position = mstep.read_experts(run.s, model, data.enc, n, start)
+        data = dataclasses.replace(data, experts=experts, position=position)
+        yield f".{n + 1}", data
+
+
 def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
-    """E-step, infusion, M-step: from the base to RA3."""
-    s = run.s
+    """From the base to RA3: E-step, infusion and M-step, each round on programs of its own."""
+    s, model = run.s, base
     mode = "never" if math.isinf(s.c) else s.rationales                          # c = infinity: nothing is worth a rationale
-    q = base if mode == "never" else run.stage("estep", base, lambda m: estep.e_step(run, m, data))
-    run.meter(q)
-    began, before = time.time(), run.compute
-    train = estep.infuse(run, q, data, data.experts, "experts", mode)
-    run.once("cost/infuse", lambda: dict(seconds=round(time.time() - began, 1), compute=int(run.sum(run.compute - before)[0])))
-    heldout = estep.infuse(run, q, data, data.heldout, "heldout", mode)
-    run.once("rationales", lambda: think_table(data, heldout))
-    return run.stage("ra3", q, lambda m: mstep.m_step(run, "ra3", m, data, train, heldout, s.m_steps, scorer.greedy))
+    for tag, data in rounds(run, base, data):
+        q = start = model
+        if mode != "never":
+            q = run.stage("estep" + tag, start, lambda m: estep.e_step(run, "estep" + tag, m, data))
+            for name, writer in (("start", start), ("estep", q)):                # pi, the judge, is the start both times
+                run.once(f"gain/{name}{tag}", lambda: estep.rationale_gain(
+                    run, start, data, data.heldout, estep.infuse(run, writer, data, data.heldout, "heldout", mode, s.explore)))
+        run.meter(q)
+        began, before = time.time(), run.compute
+        train = estep.infuse(run, q, data, data.experts, "experts" + tag, mode)
+        run.once("cost/infuse" + tag, lambda: dict(seconds=round(time.time() - began, 1), compute=int(run.sum(run.compute - before)[0])))
+        heldout = estep.infuse(run, q, data, data.heldout, "heldout", mode)
+        run.once("rationales" + tag, lambda: think_table(data, heldout))
+        model = run.stage("ra3" + tag, q, lambda m: mstep.m_step(run, "ra3" + tag, m, data, train, heldout, s.m_steps, scorer.greedy))
+    return model
 
 
 def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
-    """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three."""
+    """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three. A warm start, if any, makes the base of all."""
     s, scorer = run.s, Scorer(run, data, box)
-    plain, plain_heldout = ([p.trace() for p in programs] for programs in (data.experts, data.heldout))
+    run.once("unfit for RL", lambda: data.unfit)
+    heldout = [p.trace() for p in data.heldout]
+    if s.warm_steps:
+        run.once("eval/cold", lambda: scorer.full(base))
+        base = run.stage("warm", base, lambda m: mstep.m_step(run, "warm", m, data, data.warm, heldout, s.warm_steps, scorer.greedy))
 
     def ntp(name: str, n: int) -> GPT:
-        return run.stage(name, base, lambda m: mstep.m_step(run, name, m, data, plain, plain_heldout, n, scorer.greedy))
+        model = base
+        for tag, part in rounds(run, base, data):
+            plain = [p.trace() for p in part.experts]
+            model = run.stage(name + tag, model, lambda m: mstep.m_step(run, name + tag, m, data, plain, heldout, n, scorer.greedy))
+        return model
     arms = {"base": base, "ra3": mid_training(run, base, data, scorer), "ntp": ntp("ntp", s.m_steps)}
-    # As much compute, in tokens through the model, as RA3's E-step and M-step took together.
-    spent = {r["key"]: r["compute"] for r in run.records if r.get("key", "").startswith("cost/")}
-    arms["ntp-long"] = ntp("ntp-long", round(s.m_steps * sum(spent.get(f"cost/{part}", 0) for part in ("estep", "infuse", "ra3")) / spent["cost/ntp"]))
+    if s.equal_compute:                              # in tokens through the model, for RA3's E-step, infusion and M-step together
+        spent = Counter()
+        for r in run.records:
+            if r.get("key", "").startswith("cost/"):
+                spent[r["key"][5:].partition(".")[0]] += r["compute"]
+        arms["ntp-long"] = ntp("ntp-long", round(s.m_steps * (spent["estep"] + spent["infuse"] + spent["ra3"]) / spent["ntp"]))
     for name, model in arms.items():
         run.once(f"eval/{name}", lambda: scorer.full(model))
     for name in ("base", "ntp", "ra3") if s.rl_steps else ():
@@ -512,6 +691,11 @@ ABLATIONS = {                                                                   
     "BRiTE": dict(rationales="first", horizon=WHOLE, gamma=1.0, max_rationale=120),   # room for all of its steps
     "no RL": dict(e_steps=0),
 }
+
+
+def chosen(s: Settings) -> dict[str, dict]:
+    """The ablations that --ablations names."""
+    return {name: flags for name, flags in ABLATIONS.items() if s.ablations == "all" or name in s.ablations.split(",")}
 
 
 def ablation(run: Run, base: GPT, data: Data, box: Sandbox):
@@ -557,8 +741,17 @@ class Results:
         return [r[name] for log in self.logs for r in log if r.get("key") == key]
 
     def curve(self, phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (n,) and values (seeds, n)."""
-        rows = [[(r["step"], r[name]) for r in log if r.get("phase") == phase and name in r] for log in self.logs]
+        """Steps (n,) and values (seeds, n), the rounds of a phase one behind the other."""
+        rows = []
+        for log in self.logs:
+            rows.append([])
+            first, last, round_ = 0, 0, phase
+            for r in log:
+                if r.get("phase", "").partition(".")[0] == phase and name in r:
+                    if r["phase"] != round_:
+                        first, round_ = last, r["phase"]
+                    last = first + r["step"]
+                    rows[-1].append((last, r[name]))
         n = min(map(len, rows))
         return np.array([s for s, _ in rows[0][:n]]), np.array([[v for _, v in row[:n]] for row in rows])
 
@@ -582,20 +775,21 @@ def plot(path: Path, title: str, ylabel: str, curves: dict[str, tuple[np.ndarray
     plt.close(fig)
 
 
-ARMS = {"base": "base", "ntp": "NTP", "ntp-long": "NTP, RA3's compute", "ra3": "RA3"}
+ARMS = {"cold": "base, before its warm-up", "base": "base", "ntp": "NTP", "ntp-long": "NTP, RA3's compute", "ra3": "RA3"}
 
 
 def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md and the figures of the main experiment; returns the numbers of its last line."""
     res = Results([folder / f"seed{seed}" for seed in seeds])
     rl = [a for a in ("base", "ntp", "ra3") if res.value(f"eval/rlvr-{a}", "greedy")]
-    rows = [(ARMS[a], f"eval/{a}") for a in ARMS] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
+    arms = [a for a in ARMS if res.value(f"eval/{a}", "greedy")]
+    rows = [(ARMS[a], f"eval/{a}") for a in arms] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
     table = ["| model | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|"]
     table += ["| " + " | ".join([label] + [percent(res.value(key, k)) for k in ("greedy", "pass@1", "pass@5")]) + " |" for label, key in rows]
     text = [f"# {folder.name}: {len(seeds)} seed(s), {s.eval_problems} held-out problems", "",
             "Percent solved, mean ± standard error over seeds.", "", *table, ""]
     numbers: dict = {key.removeprefix("eval/"): {k: round(mean_se(res.value(key, k))[0], 4) for k in ("greedy", "pass@1", "pass@5")} for _, key in rows}
-    for a, b in (("ra3", "ntp"), ("ra3", "ntp-long"), ("ra3", "base")):
+    for a, b in (("ra3", b) for b in ("ntp", "ntp-long", "base") if b in arms):
         for k in ("greedy", "pass@1"):
             x, y = res.value(f"eval/{a}", k), res.value(f"eval/{b}", k)
             p = paired_p(x, y)
@@ -610,6 +804,14 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     text += [f"Held-out programs, infused by q: a rationale before {think['think']}% of lines; {think['think_needed']}% where a computation "
              f"is needed, {think['think_other']}% elsewhere.", "", "| line | lines | think |", "|---|---|---|"]
     text += [f"| `{form}` | {n} | {z:.0%} |" for form, (n, z) in res.value("rationales", "forms")[0].items()]
+    if any(res.value("gain/estep", "lines")):
+        text += ["", "What a rationale is worth at the line before which it stands, to the model that the E-step started from (held-out programs, first seed):", "",
+                 "| rationales by | lines | nats per line: without | with | with another program's | gain | gain of another's |", "|---|---|---|---|---|---|---|"]
+        for writer, label in (("start", "the start"), ("estep", "q after the E-step")):
+            for g in (r for r in res.logs[0] if r.get("key") == f"gain/{writer}" and r["lines"]):
+                text.append(f"| {label} | {g['lines']} | {g['without']:.3f} | {g['with']:.3f} | {g['shuffled']:.3f} | "
+                            f"{g['gain']:+.3f} ± {g['gain_se']:.3f} | {g['gain_shuffled']:+.3f} ± {g['gain_shuffled_se']:.3f} |")
+                numbers[f"gain {writer}"] = round(g["gain"], 4)
     text += ["", "## Figure 2: programs before and after infusion", ""]
     for before, after in res.value("rationales", "programs")[0][:4]:
         text += ["```python", before.replace("<|endoftext|>", "").rstrip(), "```", "", "```python", after.replace("<|endoftext|>", "").rstrip(), "```", ""]
@@ -617,7 +819,7 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     mid = ("ntp", "ra3")
     plot(folder / "mstep_nll.png", "Held-out cross-entropy, same action tokens", "nats per action token", {ARMS[a]: res.curve(a, "nll") for a in mid})
     plot(folder / "mid_accuracy.png", "Accuracy during mid-training", "greedy pass@1", {ARMS[a]: res.curve(a, "greedy") for a in mid})
-    last = {a: np.array([[r["nll"] for r in log if r.get("phase") == a and "nll" in r][-1] for log in res.logs]) for a in ("ntp", "ntp-long", "ra3")}
+    last = {a: res.curve(a, "nll")[1][:, -1] for a in ("ntp", "ntp-long", "ra3") if a in arms}
     text += ["## Figures 3 and 4: the M-step", "", "![cross-entropy](mstep_nll.png) ![accuracy](mid_accuracy.png)", "",
              "Action cross-entropy at the end, nats per token: " + ", ".join(f"{ARMS[a]} {mean_se(v)[0]:.4f} ± {mean_se(v)[1]:.4f}" for a, v in last.items()) + ".", ""]
     numbers |= {f"nll {a}": round(float(v.mean()), 5) for a, v in last.items()} | {k: round(float(np.mean(res.value("rationales", k))), 4) for k in think}
@@ -638,16 +840,19 @@ def report_ablations(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md of the ablations; returns the numbers of its last line."""
     text = ["| variant | think rate | action cross-entropy (nats/token) | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|---|---|"]
     numbers, curves = {}, {}
-    for name in ABLATIONS:
+    for name in chosen(s):
         res = Results([folder / slug(name) / f"seed{seed}" for seed in seeds])
         nll = res.curve("ra3", "nll")[1][:, -1]
         text.append(f"| {name} | {percent(res.value('rationales', 'think'))}% | {mean_se(nll)[0]:.4f} | " +
                     " | ".join(percent(res.value("eval/ra3", k)) for k in ("greedy", "pass@1", "pass@5")) + " |")
         numbers[name] = {k: round(mean_se(res.value("eval/ra3", k))[0], 4) for k in ("greedy", "pass@1", "pass@5")}
         curves[name] = res.curve("ra3", "greedy")
-    plot(folder / "ablation_c.png", "The penalty c", "greedy pass@1", {k: v for k, v in curves.items() if k.startswith("c=")})
-    plot(folder / "ablation_other.png", "What makes the difference", "greedy pass@1", {k: v for k, v in curves.items() if not k.startswith("c=") or k == f"c={s.c:g}"})
-    body = [f"# {folder.name}: ablations, {len(seeds)} seed(s)", "", *text, "", "![c](ablation_c.png) ![others](ablation_other.png)"]
+    body = [f"# {folder.name}: ablations, {len(seeds)} seed(s)", "", *text, ""]
+    penalties = {k for k in curves if k.startswith("c=")}
+    for file, title, names in (("ablation_c", "The penalty c", penalties), ("ablation_other", "What makes the difference", curves.keys() - penalties | {f"c={s.c:g}"})):
+        if some := {k: v for k, v in curves.items() if k in names}:
+            plot(folder / f"{file}.png", title, "greedy pass@1", some)
+            body.append(f"![{title}]({file}.png)")
     write_text(folder / "report.md", "\n".join(body) + "\n")
     print("\n".join(text))
     return numbers
@@ -698,6 +903,8 @@ def start_folder(s: Settings) -> Path:
 
 def main(s: Settings):
     s.check()
+    if s.memory:
+        return print_memory(s)
     local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(s.threads or max(1, len(os.sched_getaffinity(0)) // ranks))
     if torch.cuda.is_available():
@@ -705,19 +912,24 @@ def main(s: Settings):
     if ranks > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if s.pretrain:
-        return pretrain(Run(s, Path(s.pretrain), s.seed), s.pretrain)
+        return mstep.pretrain(Run(s, Path(s.pretrain), s.seed), s.pretrain)
     first = ranks == 1 or dist.get_rank() == 0
     if s.model == "base" and not Path("base").exists():
         s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
-    base = GPT.from_pretrained(s.model).to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
-    data = load_data(s, base, base.device)                   # before anything is written: bad data leaves nothing behind
-    shared = [str(start_folder(s)) if first else None]
-    if ranks > 1:
-        dist.broadcast_object_list(shared)
-    folder, seeds = Path(shared[0]), list(range(s.seed, s.seed + s.seeds))
-    variants = ABLATIONS if s.ablations else {"": {}}
+    half = s.offload or (s.shard and torch.cuda.is_available())       # real bases are stored so: nothing is lost, and main memory is saved
+    base, enc = load_pretrained(s.model, dtype=torch.bfloat16 if half else torch.float32)
+    base.grad_checkpoint, base.config.context = s.checkpoint_blocks, min(s.context, base.config.context)
+    variants, seeds = chosen(s) if s.ablations else {"": {}}, list(range(s.seed, s.seed + s.seeds))
     began = time.time()
-    with Sandbox(workers=max(1, len(os.sched_getaffinity(0)) // ranks)) as box:
+    with Sandbox() as box:
+        data = load_data(s, base, enc, box)          # before anything is written: bad data leaves nothing behind
+        data.openers = data.openers.to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
+        if first and data.unfit:
+            print(f"{s.rl_data}: {len(data.rl_problems)} problems are fit for RL; of {len(data.unfit)} the reference fails or a trivial program passes")
+        shared = [str(start_folder(s)) if first else None]
+        if ranks > 1:
+            dist.broadcast_object_list(shared)
+        folder = Path(shared[0])
         for name, flags in variants.items():
             for seed in seeds:
                 run = Run(dataclasses.replace(s, **flags), folder / slug(name) / f"seed{seed}", seed)

@@ -37,7 +37,7 @@ def main():
     torch.set_num_threads(1)
     model, enc = GPT.from_pretrained(ROOT / "base"), load_tokenizer(ROOT / "base")
     experts = [elbo.parse(enc, p.prompt, p.solution, model.config.eos_id) for p in bench.world("train", 16, seed=0)]
-    openers, ratios = elbo.opener_mask(enc, model.config.vocab_size), []
+    openers, ratios = elbo.opener_mask(enc), []
     for repeat in range(5):
         start = time.perf_counter()
         traces = estep.rollout(model, enc, [p for p in experts for _ in range(8)], [[repeat, i] for i in range(128)], openers, max_rationale=40)

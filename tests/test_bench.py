@@ -20,9 +20,10 @@ import tiktoken
 import torch
 
 import bench
-from bench import Corpus, Problem, load
+from bench import Problem, load
 from elbo import parse, statements
 from model import GPT, GPT2_TIKTOKEN, GPTConfig, Sample, save_tokenizer
+from mstep import Corpus, standard_library
 from sandbox import Asserts, Check, Sandbox, Stdio
 
 DATA = Path(os.environ.get("RA3_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -342,7 +343,7 @@ def test_parquet_and_the_standard_library(tmp_path):
     import datasets
     datasets.Dataset.from_dict({"code": ["x = 1\n", "y = 2\n"]}).to_parquet(str(tmp_path / "p.parquet"))
     assert list(Corpus(str(tmp_path / "p.parquet"), column="code")) == ["x = 1\n", "y = 2\n"]
-    corpus = Corpus(bench.standard_library(), limit=2000)
+    corpus = Corpus(standard_library(), limit=2000)
     found = list(itertools.islice(corpus, 15))
     assert all(len(s) <= 2000 and statements(s) for s in found)
     assert not any(line.startswith("#") for s in found for line in s.splitlines() if '"""' not in s and "'''" not in s)

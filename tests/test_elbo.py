@@ -7,7 +7,7 @@ import tiktoken
 import torch
 
 import elbo
-from elbo import ACTION, FREE, LATENT, PROMPT, Trace
+from elbo import ACTION, FREE, LATENT, NO_GATE, PROMPT, Trace
 from model import GPT, GPTConfig
 
 GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -92,7 +92,7 @@ def test_decision_points_stand_at_statements_only(enc):
 def test_a_rationale_at_a_decision_point_is_a_comment_line_of_a_valid_program(pattern):
     enc = encoding(pattern)
     p = elbo.parse(enc, "", elbo.strip_comments(CODE), enc.eot_token)
-    openers = elbo.opener_mask(enc, enc.n_vocab)
+    openers = elbo.opener_mask(enc)
     text = ""
     for line, closing in zip(p.lines, p.closings):
         lead = " " if closing != "\n" else ""
@@ -103,6 +103,21 @@ def test_a_rationale_at_a_decision_point_is_a_comment_line_of_a_valid_program(pa
     compile(text, "infused", "exec")
     assert text.count("# why") == len(p.lines)
     assert elbo.strip_comments(text) == elbo.strip_comments(CODE)
+
+
+@pytest.mark.parametrize("pattern", [GPT2, LLAMA3])
+def test_an_authors_comments_become_the_latents(pattern):
+    enc, eos = encoding(pattern), encoding(pattern).eot_token
+    source = ("# a block of\n# two lines\nx = 1\n# set y\ny = 2\ndef f(a):\n    # loop over a\n    for b in a:\n# elsewhere\n        print(b)  # beside\n"
+              "    s = '''\n# no comment\n    '''\n\t# by a tab\n\treturn s\n#\nz = 3\n# left over\n").replace("\t", "    ")
+    t = elbo.parse_commented(enc, source, eos, 40)
+    latents = "".join(enc.decode([x]) if k == LATENT else "|" for x, k in zip(t.tokens, t.kind))
+    assert [x.strip() for x in latents.split("|") if x.strip()] == ["# set y", "# loop over a", "# by a tab"]
+    kept = source.replace("# a block of\n# two lines\n", "").replace("# elsewhere\n", "").replace("#\nz", "z").replace("# left over\n", "")
+    assert t.tokens == [eos, *enc.encode_ordinary(kept), eos] and enc.decode(t.tokens[1:-1]) == kept
+    openers = elbo.opener_mask(enc)
+    assert all(g == NO_GATE or bool(openers[x]) == (k == LATENT) for x, k, g in zip(t.tokens, t.kind, t.gate))
+    assert not any(elbo.parse_commented(enc, source, eos, 2).thinks())
 
 
 @pytest.mark.parametrize("bad", ["", "   \n", "def f(:\n", "x = (1,\n", "  x = 1\n y = 2\n"])
@@ -127,9 +142,9 @@ def infused(enc) -> Trace:
 def test_log_q_and_log_pi_add_up_to_the_log_probability_of_the_infused_text(enc):
     model, trace = tiny(0, enc), infused(enc)
     batch = elbo.collate([trace, infused(enc)])
-    openers = elbo.opener_mask(enc, enc.n_vocab)
-    logits = elbo.logits_of(model, batch)
-    gate, token = elbo.score(logits, batch, openers)
+    openers = elbo.opener_mask(enc)
+    gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
+    logits = model(batch.tokens[:, :-1])
     logp = logits.log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
     total = elbo.log_q(gate, token, batch) + elbo.log_pi(token, batch)
     n = trace.kind.count(PROMPT)
@@ -147,7 +162,7 @@ def test_forced_gates_belong_to_neither(enc):
     forced = infused(enc)
     forced.gate = [elbo.FORCED if g else 0 for g in forced.gate]
     batch, other = elbo.collate([trace]), elbo.collate([forced])
-    openers = elbo.opener_mask(enc, enc.n_vocab)
+    openers = elbo.opener_mask(enc)
     gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
     difference = elbo.log_q(gate, token, batch) - elbo.log_q(gate, token, other)
     torch.testing.assert_close(difference, gate)
@@ -176,7 +191,7 @@ class Enumerated:
     def __init__(self, enc, seed):
         self.n = len(self.RATIONALES)
         self.paths = list(itertools.product(range(self.n), repeat=len(self.LINES)))
-        openers, model, traces = elbo.opener_mask(enc, enc.n_vocab), tiny(seed, enc), []
+        openers, model, traces = elbo.opener_mask(enc), tiny(seed, enc), []
         for path in self.paths:
             t, last = Trace(), 0
             t.add(enc.encode_ordinary("def f(x):\n   " + self.RATIONALES[0]), PROMPT)      # z_{-1} = 0 is in force

@@ -1,4 +1,7 @@
 """The E-step: the batched sampler against line-by-line decoding, the estimator against the exact gradient by enumeration."""
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiktoken
@@ -6,6 +9,7 @@ import torch
 
 import elbo
 import estep
+import train
 from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Trace
 from model import GPT, GPTConfig, pick
 
@@ -98,7 +102,7 @@ def scores(model, traces, openers):
 
 
 def test_q_is_a_distribution_over_the_outcomes_and_the_sampler_draws_from_it(enc):
-    model, openers = tiny(0), elbo.opener_mask(enc, 5)
+    model, openers = tiny(0), elbo.opener_mask(enc)
     traces = every_trace(enc)
     batch, gate, token = scores(model, traces, openers)
     q = elbo.log_q(gate, token, batch).sum(-1).exp()
@@ -146,7 +150,7 @@ def reference_rollout(model, enc, p, seed, openers):
 
 
 def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc):
-    model, openers = tiny(4), elbo.opener_mask(enc, 5)
+    model, openers = tiny(4), elbo.opener_mask(enc)
     programs = [elbo.parse(enc, "a\n", body, EOS) for body in ("x\na\nxx\nax\n", "x\n", "a\naa\nx\n")] * 10
     seeds = [[1, i] for i in range(len(programs))]
     fast = estep.rollout(model, enc, programs, seeds, openers, max_rationale=12)
@@ -159,7 +163,7 @@ def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_estimator_agrees_with_the_exact_gradient(enc, seed):
-    model, pi, openers = tiny(seed), tiny(seed + 10), elbo.opener_mask(enc, 5)
+    model, pi, openers = tiny(seed), tiny(seed + 10), elbo.opener_mask(enc)
     cost = dict(c=0.3, beta=0.2, p_think=0.4, broken_cost=0.7)
 
     def line_rewards(batch, traces, gate):
@@ -197,7 +201,7 @@ def test_the_estimator_agrees_with_the_exact_gradient(enc, seed):
 
 
 def test_expert_tokens_carry_no_gradient_and_gates_and_rationales_do(enc):
-    model, openers = tiny(2), elbo.opener_mask(enc, 5)
+    model, openers = tiny(2), elbo.opener_mask(enc)
     trace = Trace()
     trace.add([2, 1], PROMPT)
     trace.add([0, 2, 1], LATENT, 0, FREE)
@@ -207,12 +211,12 @@ def test_expert_tokens_carry_no_gradient_and_gates_and_rationales_do(enc):
     logits = elbo.logits_of(model, batch).detach().requires_grad_()
     loss = estep.reinforce_loss(elbo.log_q(*elbo.score(logits, batch, openers), batch), torch.tensor([[1.0, -2.0]]), batch)
     loss.backward()
-    moved = logits.grad[0].abs().sum(-1) > 1e-9
-    #              prompt     #     a     \n    x     x      \n     a     \n     eos
-    assert moved.tolist() == [False, True, True, True, True, False, False, True, False, False]
+    moved = logits.grad.abs().sum(-1) > 1e-9
+    #                         #     a     \n    x     x      \n     a     \n     eos
+    assert moved.tolist() == [True, True, True, True, False, False, True, False, False]
     # At an act gate the expert's token itself is not preferred to other lines that could follow.
-    at = logits.grad[0, 4]
-    p = logits[0, 4].detach().softmax(-1)
+    at = logits.grad[3]
+    p = logits[3].detach().softmax(-1)
     ratio = (at / p)[~openers]
     assert torch.allclose(ratio, ratio[0].expand_as(ratio))
 
@@ -235,7 +239,7 @@ def test_the_baseline_of_a_version_is_the_mean_of_the_others():
 @pytest.mark.parametrize("mode", ["learned", "always", "first"])
 def test_rows_of_very_unequal_length_share_a_batch(enc, mode):
     """A long prompt before a short line, beside a short prompt before long lines: no row may run past the cache."""
-    model, openers = tiny(4), elbo.opener_mask(enc, 5)
+    model, openers = tiny(4), elbo.opener_mask(enc)
     long_prompt, long_lines = elbo.parse(enc, "a\n" * 12, "x\n", EOS), elbo.parse(enc, "a\n", "axaxaxaxax\nxaxaxaxa\n", EOS)
     programs, seeds = [long_prompt, long_lines] * 10, [[3, i] for i in range(20)]
     together = estep.rollout(model, enc, programs, seeds, openers, max_rationale=MAX, mode=mode)
@@ -245,15 +249,70 @@ def test_rows_of_very_unequal_length_share_a_batch(enc, mode):
 
 @pytest.mark.parametrize("mode, where", [("never", []), ("always", [0, 1]), ("first", [0])])
 def test_modes_think_where_they_say(enc, mode, where):
-    model, openers = tiny(1), elbo.opener_mask(enc, 5)
+    model, openers = tiny(1), elbo.opener_mask(enc)
     for t in estep.rollout(model, enc, [program(enc)] * 20, [[5, i] for i in range(20)], openers, max_rationale=MAX, mode=mode):
         assert [i for i, z in enumerate(t.thinks()) if z] == where
         openings = [g for g, kind, line, before in zip(t.gate, t.kind, t.line, [-1] + t.line) if line != before and line >= 0]
         assert mode == "never" or FREE not in openings                  # nothing of what the experiment chose is q's
 
 
+def test_exploration_forces_gates_open_and_takes_no_credit_for_it(enc):
+    """A model that never thinks does so at about the share asked for; those gates are no choice of q's, their rationales are."""
+    model, openers, p = tiny(1), elbo.opener_mask(enc), program(enc)
+    shy = copy.deepcopy(model)
+    shy.unembed = lambda x: model.unembed(x) - 40.0 * openers
+    seeds = [[5, i] for i in range(400)]
+    assert not any(any(t.thinks()) for t in estep.rollout(shy, enc, [p] * 400, seeds, openers, max_rationale=MAX))
+    traces = estep.rollout(shy, enc, [p] * 400, seeds, openers, max_rationale=MAX, explore=0.3)
+    share = sum(sum(t.thinks()) for t in traces) / 800
+    assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 800) ** 0.5
+    for t in traces:
+        for kind, gate, before in zip(t.kind[1:], t.gate[1:], t.kind):
+            assert gate != FREE or kind == ACTION                       # no opened gate is q's choice
+    batch = elbo.collate([t for t in traces if any(t.thinks())][:8])
+    gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
+    forced = (batch.gate[:, 1:] == elbo.FORCED) & (batch.kind[:, 1:] == LATENT)
+    torch.testing.assert_close(elbo.log_q(gate, token, batch)[forced], token[forced])
+    assert (gate[forced] < -0.01).all()                                 # there was something to leave out
+
+
+def test_the_shuffled_control_swaps_what_is_said_and_nothing_else(enc):
+    programs = [elbo.parse(enc, "a\n", text, EOS) for text in ("x\na\n", "xx\n", "ax\nx\n")]
+    infused = []
+    for p, said in zip(programs, ("#a\n", "#x\n", "#xx\n")):
+        t = Trace()
+        t.add(p.prompt, PROMPT)
+        t.add(enc.encode_ordinary(said), LATENT, 0, FREE)
+        for i, line in enumerate(p.lines):
+            t.add(line, ACTION, i, FREE)
+        infused.append(t)
+    for seed in range(5):
+        for own, other in zip(infused, estep.shuffled(enc, programs, infused, seed)):
+            latent, actions = ([[x for x, k in zip(t.tokens, t.kind) if k == kind] for t in (own, other)] for kind in (LATENT, ACTION))
+            assert own.thinks() == other.thinks() and actions[0] == actions[1] and latent[0] != latent[1]
+            assert latent[1] in [[x for x, k in zip(t.tokens, t.kind) if k == LATENT] for t in infused]
+
+
+def test_the_gain_of_a_rationale_is_that_of_the_likelihoods(enc, tmp_path):
+    """Against the definition, one program at a time without padding."""
+    model, openers, p = tiny(3), elbo.opener_mask(enc), program(enc)
+    drawn = estep.rollout(model, enc, [p] * 200, [[4, i] for i in range(200)], openers, max_rationale=MAX, explore=0.9)
+    infused = [estep.without_broken(t) for t in drawn]
+    run, data = train.Run(train.Settings(micro_batch=33), tmp_path, 0), SimpleNamespace(enc=enc, openers=openers)
+    got = estep.rationale_gain(run, model, data, [p] * 200, infused)
+
+    def line_nll(trace, t):
+        batch = elbo.collate([trace])
+        return -elbo.by_line(elbo.log_pi(elbo.score(elbo.logits_of(model, batch), batch, openers)[1], batch), batch, len(p.lines))[0, t].item()
+    own = [line_nll(t, i) for t in infused for i, z in enumerate(t.thinks()) if z]
+    none = [line_nll(p.trace(), i) for t in infused for i, z in enumerate(t.thinks()) if z]
+    assert got["lines"] == len(own) > 5 and got["with"] == pytest.approx(np.mean(own)) and got["without"] == pytest.approx(np.mean(none))
+    assert got["gain"] == pytest.approx(np.mean(none) - np.mean(own)) and got["gain_se"] > 0
+    assert estep.rationale_gain(run, model, data, [p], [p.trace()]) == {"lines": 0}
+
+
 def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
-    model, openers = tiny(1), elbo.opener_mask(enc, 5)
+    model, openers = tiny(1), elbo.opener_mask(enc)
     p = program(enc)
     traces = estep.rollout(model, enc, [p] * 60, [[2, i] for i in range(60)], openers, max_rationale=MAX)
     assert any(t.broken for t in traces)
@@ -265,10 +324,10 @@ def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
 
 
 def test_the_trust_region_is_zero_at_pi_and_blind_to_the_gate(enc):
-    model, openers = tiny(1), elbo.opener_mask(enc, 5)
+    model, openers = tiny(1), elbo.opener_mask(enc)
     batch = elbo.collate([program(enc).trace()])
     logits = elbo.logits_of(model, batch).detach()
     assert estep.anchor_loss(logits, logits, batch, openers).item() == pytest.approx(0, abs=1e-12)
-    gates = (batch.gate[:, 1:] != 0)[..., None] & openers
+    gates = (batch.gate[:, 1:] != 0)[batch.scored][:, None] & openers
     assert estep.anchor_loss(logits + 3.0 * gates, logits, batch, openers).item() == pytest.approx(0, abs=1e-6)
     assert estep.anchor_loss(logits + torch.randn_like(logits), logits, batch, openers) > 0.01

@@ -143,11 +143,12 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 @torch.no_grad()
-def test_the_hidden_states_give_the_logits():
+def test_logits_of_some_positions_are_those_of_all():
     for changes in ({}, dict(tie_embeddings=False)):
         model, x = tiny(**changes), tokens(2, 6)
-        head = model.embed_tokens if model.lm_head is None else model.lm_head
-        assert torch.equal(model(x, head=False) @ head.weight.T, model(x))
+        at = torch.rand(x.shape) < 0.5
+        torch.testing.assert_close(model.unembed(model(x, head=False)), model(x))
+        torch.testing.assert_close(model(x, at=at), model(x)[at])
 
 
 @torch.no_grad()
@@ -213,11 +214,11 @@ def test_uniforms_are_seeded_by_what_they_are_for():
 
 
 @torch.no_grad()
-def naive(model, prompt, seed, n, temperature, stop_ids, stop=None, vocab=None):
+def naive(model, prompt, seed, n, temperature, stop_ids, stop=None):
     """The definition: one row, no cache, one uniform per token. Returns tokens, logprobs, whether it stopped."""
     out, logps, noise = [], [], uniforms(seed, n)
     while len(out) < n and len(prompt) + len(out) < model.config.context:
-        logits = model(torch.tensor([prompt + out]))[0, -1, :vocab]
+        logits = model(torch.tensor([prompt + out]))[0, -1]
         p = torch.softmax(logits.double() / (temperature or 1), -1)
         token = logits.argmax().item() if temperature == 0 else int((p.cumsum(0) <= noise[len(out)] * p.sum()).sum())
         out.append(token)
@@ -243,12 +244,24 @@ def test_generate_equals_naive_sampling(batch_size, temperature):
     assert {s.stopped for s in out} == {True, False} and len({len(s.tokens) for s in out}) > 3
 
 
+def test_what_prompts_share_is_computed_once_and_changes_nothing():
+    model, shared = tiny(), tokens(7, seed=99).tolist()
+    prompts = [shared + p for p in PROMPTS[:6]] + [shared, shared + PROMPTS[1]]     # one is all shared, two are equal
+    calls = []
+    hook = model.register_forward_pre_hook(lambda module, args: calls.append(args[0].numel()))
+    out = generate(model, prompts, max_new_tokens=8, seeds=SEEDS[:8], stop_ids=())
+    hook.remove()
+    assert [s.tokens for s in out] == [naive(model, p, s, 8, 1.0, ())[0] for p, s in zip(prompts, SEEDS)]
+    assert calls[:2] == [6, 6 * 17]         # the shared tokens but the last, which is fed when decoding; six distinct rests, the longest of 17
+
+
 def test_generate_ends_rows_for_each_reason():
     model = tiny(context=20)
+    model.n_vocab = 40                                              # the other rows of its matrix are padding, no tokens
     stop = lambda t: len(t) >= 2 and sum(t) % 5 == 0
-    out = generate(model, PROMPTS, max_new_tokens=6, seeds=SEEDS, stop_ids=(), stop=stop, vocab=40, batch_size=3)
-    assert [(s.tokens, s.stopped) for s in out] == [naive(model, p, s, 6, 1.0, (), stop, 40)[::2] for p, s in zip(PROMPTS, SEEDS)]
-    assert all(max(s.tokens) < 40 for s in out)                     # vocab: the rest of the logits are no tokens
+    out = generate(model, PROMPTS, max_new_tokens=6, seeds=SEEDS, stop_ids=(), stop=stop, batch_size=3)
+    assert [(s.tokens, s.stopped) for s in out] == [naive(model, p, s, 6, 1.0, (), stop)[::2] for p, s in zip(PROMPTS, SEEDS)]
+    assert all(max(s.tokens) < 40 for s in out)
     lengths = [(len(p) + len(s.tokens), len(s.tokens), s.stopped) for p, s in zip(PROMPTS, out)]
     assert any(whole == 20 and not stopped for whole, _, stopped in lengths)    # cut off by the context,
     assert any(n == 6 and not stopped for _, n, stopped in lengths)            # by max_new_tokens,

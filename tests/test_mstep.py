@@ -51,13 +51,13 @@ def test_loss_and_gradient_of_packed_rows_are_those_of_the_documents_alone(model
     torch.testing.assert_close(losses[0], losses[1])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-    assert int(mstep.counted(packed).sum()) == sum(k != PROMPT for t in ts for k in t.kind)
+    assert int(packed.scored.sum()) == sum(k != PROMPT for t in ts for k in t.kind)
 
 
 def test_prompts_are_not_trained_and_rationales_are(model):
     t = traces(1)[0]
     batch = elbo.collate([t])
-    logp = elbo.logits_of(model, batch).log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[0, :, 0]
+    logp = model(batch.tokens[:, :-1]).log_softmax(-1).gather(-1, batch.tokens[:, 1:, None])[0, :, 0]
     mine = -sum(lp for lp, kind in zip(logp, t.kind[1:]) if kind in (LATENT, ACTION))
     torch.testing.assert_close(mstep.loss(model, batch), mine)
 

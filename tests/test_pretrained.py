@@ -3,6 +3,7 @@
 With RA3_SMOLLM2=<folder of SmolLM2-135M> in the environment, also that real model.
 """
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -17,7 +18,10 @@ import regex    # which tiktoken brings
 import tiktoken
 import torch
 
-from model import GPT, GPT2, GPT2_TIKTOKEN, GPTConfig, generate, load_tokenizer, save_tokenizer
+import bench
+import elbo
+import mstep
+from model import GPT, GPT2, GPT2_TIKTOKEN, GPTConfig, encode_prompt, generate, load_pretrained, load_tokenizer, save_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -270,6 +274,70 @@ def test_tokens_equal_those_of_tokenizers(kind, corpus, tmp_path):
         assert regex.findall(enc._pat_str, text) == pieces, repr(text)
 
 
+def test_the_begin_of_text_token_stands_where_tokenizers_puts_it(corpus, tmp_path):
+    """Llama-3's post-processor sets one before every document; the others set none. Piecewise tokens still join to the whole's."""
+    from tokenizers import processors
+    tok = train("llama3", corpus)
+    bos = tok.token_to_id("<|im_start|>")
+    for post in (None, processors.ByteLevel(trim_offsets=False), processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]),
+                 processors.Sequence([processors.ByteLevel(trim_offsets=False),
+                                      processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", bos)])])):
+        if post is not None:
+            tok.post_processor = post
+        tok.save(str(tmp_path / "tokenizer.json"))
+        enc = load_tokenizer(tmp_path)
+        expected = tok.encode("def f(x):\n    return x\n").ids
+        assert encode_prompt(enc, "def f(x):\n    return x\n") == expected and (expected[0] == bos) == (post is not None and "Template" in str(post))
+        for prompt in ("def f(x):\n   ", ""):
+            program = elbo.parse(enc, prompt, "def f(x):\n    return x\n"[len(prompt):], 0)
+            assert program.prompt + sum(program.lines, []) == expected + [0] if prompt or enc.bos else [0, *expected, 0]
+
+
+DATA = Path(os.environ.get("RA3_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """(prompt, solution) of all MBPP and LeetCode problems, and 500 pieces of the standard library."""
+    if not (DATA / "leetcode_dataset").is_dir():
+        pytest.skip("no leetcode_dataset in ../shared/data")
+    names = [f"mbpp-docstring:{split}" for split in ("prompt", "train", "validation", "test")] + ["leetcode:train"]
+    library = mstep.Corpus(mstep.standard_library(), limit=2000)
+    return [(p.prompt, p.solution) for name in names for p in bench.load(name, DATA) if p.solution] + [("", t) for t in itertools.islice(library, 500)]
+
+
+def assert_pieces_join(enc, programs) -> str:
+    """Cut at the decision points and tokenised piece by piece, each program has the tokens of the whole."""
+    lines, openers = 0, elbo.opener_mask(enc)
+    for prompt, solution in programs:
+        p = elbo.parse(enc, prompt, solution, 0)
+        pieces = p.prompt + sum(p.lines, [])
+        assert (pieces if prompt or getattr(enc, "bos", []) else pieces[1:]) == encode_prompt(enc, prompt + solution) + [0], (prompt, solution)
+        assert not any(openers[line[0]] for line in p.lines)
+        lines += len(p.lines)
+    return f"{len(programs):,} programs, {lines:,} decision points: pieces join"
+
+
+@pytest.mark.parametrize("kind", ["smollm2", "llama3", "qwen"])
+def test_pieces_of_real_programs_join_to_the_tokens_of_the_whole(kind, programs, tmp_path):
+    train(kind, [a + b for a, b in programs], 6000).save(str(tmp_path / "tokenizer.json"))
+    assert_pieces_join(load_tokenizer(tmp_path), programs)
+
+
+def test_padding_rows_of_the_vocabulary_are_neither_drawn_nor_scored(tmp_path):
+    """Qwen's matrices have a few hundred rows more than its tokenizer has tokens."""
+    enc = tiktoken.Encoding("bytes", pat_str=GPT2, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={"<|endoftext|>": 256})
+    whole = GPT(GPTConfig(vocab_size=264, d_model=16, n_layer=1, n_head=2, n_kv_head=1, head_dim=8, d_ff=16, eos_id=256))
+    whole.save_pretrained(tmp_path)
+    save_tokenizer(enc, tmp_path)
+    model, enc = load_pretrained(tmp_path)
+    x = torch.tensor([[1, 2, 3]])
+    assert enc.n_vocab == 257 and torch.allclose(model(x), whole(x)[..., :257], atol=1e-6) and copy.deepcopy(model)(x).shape[-1] == 257
+    with pytest.raises(ValueError, match="do not belong together"):
+        GPT(GPTConfig(vocab_size=200, d_model=16, n_layer=1, n_head=2, n_kv_head=1, head_dim=8, d_ff=16)).save_pretrained(tmp_path)
+        load_pretrained(tmp_path)
+
+
 def test_unknown_bytes_are_dropped(corpus, tmp_path):
     tok = train("smollm2", [c.encode("ascii", "ignore").decode() for c in corpus])
     tok.save(str(tmp_path / "tokenizer.json"))
@@ -481,6 +549,11 @@ def test_real_smollm2_tokens(corpus):
     texts = strings(corpus, 10_000) + files
     assert_same_tokens(enc, tok, texts)
     print(f"\n{len(texts)} strings, {sum(map(len, texts)):,} characters: tokens equal")
+
+
+@real
+def test_real_smollm2_pieces_join(programs):
+    print("\n" + assert_pieces_join(load_tokenizer(SMOLLM2), programs))
 
 
 @real
