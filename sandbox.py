@@ -337,7 +337,8 @@ class _Worker:
         lifeline, self.lifeline = os.pipe()
         self.socket, theirs = socket.socketpair()
         paths = [path for path in sys.path if os.path.isabs(path) and os.path.isdir(path)]
-        environment = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}    # trusted tests may import numpy
+        environment = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1",    # trusted tests may import numpy
+                       "MALLOC_ARENA_MAX": "1"}    # glibc reserves 64 MB for each thread otherwise: eight were out of memory
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]  # some Pythons do not start without
         try:

@@ -166,6 +166,18 @@ def test_output_is_compared_by_token_with_a_tolerance_for_floats_only():
         assert not same_output(printed, expected), (printed, expected)
 
 
+def test_a_program_may_start_dozens_of_threads(sandbox):
+    source = """
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+def f(n):
+    together = Barrier(n, timeout=20)
+    with ThreadPoolExecutor(n) as pool:
+        return sorted(pool.map(lambda x: together.wait() * 0 + x, range(n)))
+"""
+    assert verdict_of(sandbox, source, ("assert f(40) == list(range(40))",)).passed     # stacks of 8 MB, of 512 MB
+
+
 def test_a_script_may_close_its_stdout(sandbox):
     assert verdict_of(sandbox, "import sys\nprint(3)\nsys.stdout.close()", (("", "3\n"),), kind=Stdio).passed
 
