@@ -77,6 +77,38 @@ waits for a message that does not come: timeout
 import os
 def f(): return os.read(3, 1)
 ----
+an answer that drips: timeout
+import os, time
+def f():
+    os.write(3, bytes([0, 15, 0, 0]))
+    while True:
+        os.write(3, b" ")
+        time.sleep(0.01)
+----
+the first thread ends and another goes on: timeout
+SYSCALL
+import threading
+def spin():
+    while True: pass
+threading.Thread(target=spin).start()
+def f(): return call(60, 93, 0)
+----
+the first thread closes the channel and ends, another goes on: crash
+SYSCALL
+import threading
+def spin():
+    while True: pass
+threading.Thread(target=spin).start()
+def f():
+    os.close(3)
+    return call(60, 93, 0)
+----
+SIGXCPU ignored: timeout
+import signal
+signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+def f():
+    while True: pass
+----
 deep recursion: exception
 def f(): return f()
 ----
