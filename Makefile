@@ -8,8 +8,9 @@ RANKS ?= 2
 run: .venv/installed
 	.venv/bin/torchrun --standalone --nproc-per-node=$(RANKS) train.py
 
+# The longest file first, or the worker that began with it last would be alone at the end; one thread each, or the workers get in each other's way.
 test: .venv/installed
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/test_train.py tests
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
