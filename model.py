@@ -336,6 +336,18 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     out = [Sample() for _ in prompts]
     if not prompts:
         return out
+    # A cache has one width for all its rows: an outlier (MBPP has a prompt six times as long as the others) would fill the memory with padding.
+    room = 2 * (sorted(map(len, prompts))[len(prompts) // 2] + max_new_tokens)
+    apart = [i for i, p in enumerate(prompts) if len(p) + max_new_tokens > room]
+    if apart:
+        rest = [i for i in range(len(prompts)) if i not in set(apart)]
+        width = max(len(prompts[i]) for i in apart) + max_new_tokens
+        for ids, rows in ((rest, batch_size), (apart, max(1, batch_size * room // width // 2))):
+            done = generate(model, [prompts[i] for i in ids], max_new_tokens=max_new_tokens, seeds=[seeds[i] for i in ids], temperature=temperature,
+                            stop_ids=tuple(stop_ids), stop=stop, batch_size=rows)
+            for i, sample in zip(ids, done):
+                out[i] = sample
+        return out
     noise = [uniforms(s, max_new_tokens) for s in seeds]
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))      # pop() takes the shortest: neighbours pad little
     size = max(map(len, prompts)) + max_new_tokens

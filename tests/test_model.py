@@ -255,6 +255,16 @@ def test_what_prompts_share_is_computed_once_and_changes_nothing():
     assert calls[:2] == [6, 6 * 17]         # the shared tokens but the last, which is fed when decoding; six distinct rests, the longest of 17
 
 
+def test_a_prompt_much_longer_than_the_others_does_not_widen_their_cache(monkeypatch):
+    model, sizes = tiny(context=200), []
+    prompts = [*PROMPTS[:6], tokens(150, seed=77).tolist(), *PROMPTS[6:]]
+    init = KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, cfg, rows, size, *more: (sizes.append(rows * size), init(self, cfg, rows, size, *more))[1])
+    out = generate(model, prompts, max_new_tokens=8, seeds=[*SEEDS, (5, 99)], stop_ids=())
+    assert [s.tokens for s in out] == [naive(model, p, s, 8, 1.0, ())[0] for p, s in zip(prompts, [*SEEDS, (5, 99)])]
+    assert max(sizes) <= 12 * (17 + 8)                              # twelve short ones, or the long one: not thirteen of the long one's width
+
+
 def test_generate_ends_rows_for_each_reason():
     model = tiny(context=20)
     model.n_vocab = 40                                              # the other rows of its matrix are padding, no tokens
