@@ -200,40 +200,34 @@ def test_the_paired_t_test_agrees_with_known_values():
     assert train.paired_p([0.0, 1.0], [1.0, 3.0]) > 0.5
 
 
-def test_rounds_read_on_in_the_corpus_and_survive_a_kill(tmp_path):
-    """Each round trains on programs that no other has seen, also when the run is cut between them."""
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": f"x = {i}\ny = x + {i}\n"}) + "\n" for i in range(60)))
-    flags = ["--model", str(ROOT / "base"), "--data", "corpus.jsonl", "--rounds", "3", "--experts", "20", "--m-programs", "20", "--m-steps", "2", "--e-steps", "1",
-             "--e-programs", "2", "--e-rollouts", "2", "--rl-steps", "0", "--eval-problems", "2", "--samples", "1", "--no-equal-compute", "--threads", "1"]
-    done = run(tmp_path, *flags, "--name", "whole")
-    assert done.returncode == 0, done.stderr[-2000:]
-    log = metrics(tmp_path / "runs/whole/seed0")
-    assert [r["position"] for r in log if r.get("key", "").startswith("corpus.")] == [[19, 1], [39, 1]]
-    assert {r["phase"] for r in log if "phase" in r} == {p + tag for p in ("estep", "ra3", "ntp") for tag in ("", ".2", ".3")}
-    x, y = train.Results([tmp_path / "runs/whole/seed0"]).curve("ra3", "nll")
-    assert x.tolist() == [0, 2, 2, 4, 4, 6] and y.shape == (1, 6)
-    # As if it had been killed in the second round: what came after is gone.
-    (tmp_path / "runs/cut").mkdir()
-    shutil.copy(tmp_path / "runs/whole/config.json", tmp_path / "runs/cut")
-    shutil.copytree(tmp_path / "runs/whole/seed0", tmp_path / "runs/cut/seed0")
-    folder, text = tmp_path / "runs/cut/seed0", (tmp_path / "runs/whole/seed0/metrics.jsonl").read_bytes()
-    (folder / "progress.json").write_text(json.dumps({"log_bytes": text.index(b"\n", text.index(b'"cost/estep.2"')) + 1}))
-    done = run(tmp_path, *flags, "--name", "cut", "--resume")
-    assert done.returncode == 0, done.stderr[-2000:]
-    for stage in ("ra3.3", "ntp.3"):
-        assert (folder / stage / "model.safetensors").read_bytes() == (tmp_path / "runs/whole/seed0" / stage / "model.safetensors").read_bytes()
-
-
-def test_a_warm_start_makes_the_base_of_every_arm(tmp_path):
+def test_a_cold_start_in_rounds_survives_a_kill(tmp_path):
+    """A warm-up makes the base of every arm; each round trains on programs that no other has seen, also when the run is cut between them."""
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": f"x = {i}\ny = x + {i}\n"}) + "\n" for i in range(40)))
     web = [p.prompt + " " + p.solution.lstrip() for p in bench.world("web", 60, seed=9)]
     (tmp_path / "web.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in web))
-    flags = [*SMALL, "--name", "warm", "--warm-data", "web.jsonl", "--warm-steps", "2", "--explore", "0.2", "--rl-steps", "0", "--e-steps", "1"]
-    done = run(tmp_path, *flags)
+    flags = ["--model", str(ROOT / "base"), "--data", "corpus.jsonl", "--rounds", "2", "--experts", "20", "--m-programs", "20", "--m-steps", "2", "--e-steps", "1",
+             "--e-programs", "2", "--e-rollouts", "2", "--rl-steps", "0", "--eval-problems", "2", "--samples", "1", "--no-equal-compute", "--threads", "1",
+             "--warm-data", "web.jsonl", "--warm-steps", "1", "--explore", "0.5", "--max-new-tokens", "60"]
+    done = run(tmp_path, *flags, "--name", "whole")
     assert done.returncode == 0, done.stderr[-2000:]
-    report = (tmp_path / "runs/warm/report.md").read_text()
+    whole = tmp_path / "runs/whole"
+    log = metrics(whole / "seed0")
+    assert [r["position"] for r in log if r.get("key", "").startswith("corpus.")] == [[19, 1]]
+    assert {r["phase"] for r in log if "phase" in r} == {"warm", *(p + tag for p in ("estep", "ra3", "ntp") for tag in ("", ".2"))}
+    assert {r["key"] for r in log if r.get("key", "").startswith("gain/") and r["lines"]} == {"gain/start", "gain/estep", "gain/start.2", "gain/estep.2"}
+    x, y = train.Results([whole / "seed0"]).curve("ra3", "nll")
+    assert x.tolist() == [0, 2, 2, 4] and y.shape == (1, 4)
+    report = (whole / "report.md").read_text()
     assert "base, before its warm-up" in report and "q after the E-step" in report
-    gain = {r["key"]: r for r in metrics(tmp_path / "runs/warm/seed0") if r.get("key", "").startswith("gain/")}
-    assert gain["gain/start"]["lines"] > 0 and set(gain) == {"gain/start", "gain/estep"}
+    # As if it had been killed in the second round: what came after is gone.
+    cut = tmp_path / "runs/cut"
+    shutil.copytree(whole, cut)
+    text = (whole / "seed0/metrics.jsonl").read_bytes()
+    (cut / "seed0/progress.json").write_text(json.dumps({"log_bytes": text.index(b"\n", text.index(b'"cost/estep.2"')) + 1}))
+    done = run(tmp_path, *flags, "--name", "cut", "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for stage in ("ra3.2", "ntp.2"):
+        assert (cut / "seed0" / stage / "model.safetensors").read_bytes() == (whole / "seed0" / stage / "model.safetensors").read_bytes()
 
 
 def test_ablations_run_by_name_and_report_side_by_side(tmp_path):
