@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -418,13 +419,16 @@ def test_a_limit_is_cpu_time_so_a_busy_machine_changes_no_verdict():
             os.sched_setaffinity(pid, core)
         rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, core)) for _ in range(2)]
         try:
-            quick, slow = sandbox.run([Asserts(BURN, ("assert f(0.45)",)), Asserts(BURN, ("assert f(9)",))])
+            quick, slow = sandbox.run([Asserts(BURN, ("assert f(0.5)",)), Asserts(BURN, ("assert f(9)",))])
         finally:
             for rival in rivals:
                 rival.kill()
                 rival.wait()
-    assert quick.passed and quick.seconds > 0.6, quick
-    assert slow.kind == "timeout" and slow.seconds > 1.0, slow
+    cpu = float(re.search(r"after ([\d.]+) s of CPU", slow.detail)[1])
+    assert slow.kind == "timeout" and 0.6 <= cpu < 0.9 and slow.seconds > cpu, slow
+    assert quick.passed, quick
+    if quick.seconds <= 0.6:                         # the scheduler's choice, not ours
+        pytest.skip("the rivals did not slow the program down: nothing was shown")
 
 
 def test_programs_that_wait_end_by_wall_time_and_tests_count_too(sandbox):
