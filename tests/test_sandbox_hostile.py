@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from sandbox import Asserts, Check, Sandbox, Stdio  # noqa: E402
 
-TIMEOUT_S = 0.4       # of CPU, for programs that are meant to reach it (by waiting: 1.6 s); all others get PATIENCE_S
+TIMEOUT_S = 0.25      # of CPU, for programs that are meant to reach it (by waiting: 1 s); all others get PATIENCE_S
 PATIENCE_S = 30.0
 MARK = pathlib.Path(tempfile.gettempdir()) / f"sandbox-hostile-{os.getpid()}"    # the files that programs try to make
 
