@@ -17,7 +17,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sandbox import Asserts, Check, Sandbox, Stdio, names_under_test, pack, same_output, unpack  # noqa: E402
+from sandbox import IMPORTED, KEPT, Asserts, Check, Sandbox, Stdio, names_under_test, pack, same_output, unpack  # noqa: E402
 
 ADD = Asserts("def add(a, b): return a + b", ("assert add(1, 2) == 3", "assert add(2, 2) == 4", "assert add('a', 'b') == 'ab'"))
 
@@ -165,6 +165,38 @@ def test_output_is_compared_by_token_with_a_tolerance_for_floats_only():
                               ("nan", "1.5"), ("inf", "1.5"), ("1e999", "1.5"), ("1 2", "1"),
                               ("", "1"), ("YES", "yes"), ("0.34", "0.33"), ("1_0.0", "10.0"), ("1.2.3", "1.2.4"), ("x" * 10**6, "1.5")):
         assert not same_output(printed, expected), (printed, expected)
+
+
+def test_a_program_can_import_what_python_can(sandbox):
+    source = textwrap.dedent(f"""
+        import importlib, json
+        def missing():
+            names = []
+            for name in {IMPORTED + KEPT}:
+                try:
+                    importlib.import_module(name)
+                except ImportError:
+                    names.append(name)
+            return sorted(names)
+    """)
+    natively = subprocess.run([sys.executable, "-I", "-S", "-c", source + f"import sys; sys.path += {sys.path}; print(json.dumps(missing()))"],
+                              capture_output=True, text=True, check=True)
+    missing = json.loads(natively.stdout)
+    assert len(missing) < 12, "the lists have got out of hand"
+    assert verdict_of(sandbox, source, (f"assert missing() == {missing}",)).passed
+
+
+@pytest.mark.parametrize("source", [
+    "import hashlib, base64, uuid\ndef f(): return hashlib.md5(b'a').hexdigest()[:4] + hashlib.blake2b(b'a').hexdigest()[:2] + str(uuid.uuid4())[:0]",
+    "import datetime, calendar\ndef f(): return datetime.datetime.strptime('2024-02-29', '%Y-%m-%d').strftime('%d') + str(calendar.isleap(2024))",
+    "import dataclasses, decimal, statistics\n@dataclasses.dataclass\nclass P:\n    x: int\ndef f(): return f'{P(2)} {decimal.Decimal(1) / 3:.3} {statistics.median([1, 3])}'",
+    "import html, string, textwrap, pickle\ndef f(): return html.unescape('&eacute;') + textwrap.dedent('  a') + str(pickle.loads(pickle.dumps([1])))",
+    "import unittest, logging, argparse, traceback\ndef f():\n    try: 1 / 0\n    except ZeroDivisionError: return traceback.format_exc().splitlines()[-1]",
+])
+def test_modules_that_are_kept_as_bytecode_work(sandbox, source):
+    space = {}
+    exec(source, space)
+    assert verdict_of(sandbox, source, (f"assert f() == {space['f']()!r}",)).passed
 
 
 def test_a_program_may_start_dozens_of_threads(sandbox):

@@ -130,8 +130,7 @@ def broken(job, seed):
     """A one-place mutant of the job's program that fails natively; None if eight tries find none."""
     for _, source in zip(range(8), mutants(job.source, getattr(job, "prelude", ""), seed)):
         if not passes_natively(job, source):
-            fields = {**vars(job), "source": source}
-            return type(job)(**fields)
+            return job._replace(source=source)
     return None
 
 
