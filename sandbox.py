@@ -75,8 +75,8 @@ START_S = 60.0                # seconds that a worker may take to start, or to c
 WORKER_MB = 4096              # address space of a worker, which may have to import numpy
 WALL_FACTOR = 4               # a program that sleeps, or waits for a busy core, ends after this many times its timeout_s
 GRACE_S = 2.0                 # seconds that a worker may be late after that before it is replaced
-CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 RETIRE_MB = 250               # a worker whose memory has peaked this far above its start is replaced after the job
+CORES = os.sched_getaffinity(0) if sys.platform == "linux" else set()    # those that a worker may use, between two programs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,6 +322,7 @@ class _Worker:
     """The trainer's end of one worker process."""
 
     def __init__(self, memory_mb):
+        import subprocess
         self.task = None               # the _Task it works on
         self.retire = False
         self.deadline = 0.0
@@ -329,7 +330,6 @@ class _Worker:
         # `_hold_lifeline`). PDEATHSIG would do the same but for one trap: it fires when the *thread* that forked us ends.
         lifeline, self.lifeline = os.pipe()
         self.socket, theirs = socket.socketpair()
-        import subprocess
         paths = [path for path in sys.path if os.path.isabs(path) and os.path.isdir(path)]
         environment = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1",    # trusted tests may import numpy
                        "MALLOC_ARENA_MAX": "1"}    # glibc reserves 64 MB for each thread otherwise: eight were out of memory
@@ -1055,18 +1055,19 @@ class _Kept:
     """Finds and loads the modules of which it keeps the bytecode (see importlib.abc.MetaPathFinder and Loader)."""
 
     def __init__(self, names):
-        self.code, folders = {}, {}    # name -> bytecode, where the modules of a package are
+        self.code = {}                 # name -> bytecode
+        folders = {"": None, "encodings": sys.modules["encodings"].__path__}    # package -> where its modules are (None: on sys.path)
         for name in names:
-            package = name.rpartition(".")[0]
-            if package in sys.modules:
-                folders[package] = getattr(sys.modules[package], "__path__", [])
-            spec = importlib.machinery.PathFinder.find_spec(name, folders.get(package))
-            if name not in sys.modules and spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            if name in sys.modules:
+                continue
+            # In no folder at all if its package is not there: it must not be mistaken for a module of that name on sys.path.
+            spec = importlib.machinery.PathFinder.find_spec(name, folders.get(name.rpartition(".")[0], []))
+            if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
                 try:
-                    self.code[name] = spec.loader.get_data(spec.cached)[16:]    # a .pyc without its header
+                    self.code[name] = spec.loader.get_data(spec.cached)[16:]    # a .pyc without its header: get_code would build all its objects
                 except OSError:
                     self.code[name] = marshal.dumps(spec.loader.get_code(name))
-                folders[name] = spec.submodule_search_locations
+                folders[name] = spec.submodule_search_locations or []
         self.packages = {name for name in self.code if folders[name]}
 
     def find_spec(self, name, path=None, target=None):
