@@ -547,7 +547,7 @@ SOURCES = {
 
 
 def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "", until: str = "") -> list[Problem]:
-    """The problems of a benchmark, in the order of its rows: `benchmark[:split][@where]`, or "world".
+    """The problems of a benchmark, in the order of its rows: `benchmark[:split][@where]`, or "world"; of several, with commas between.
 
     `@where` names another hub dataset or JSONL file with rows of the same columns: `leetcode:train@me/my-problems`.
     data_dir: a folder with JSONL files as in `Source.files`; None: the hub. since, until: dates YYYY-MM-DD, the second excluded; problems
@@ -556,6 +556,8 @@ def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "",
     for date in filter(None, (since, until)):
         if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
             raise ValueError(f"{date!r} is not a date: expected YYYY-MM-DD")
+    if "," in name:
+        return [p for one in name.split(",") for p in load(one, data_dir, since=since, until=until)][:limit]
     if name == "world":
         return world("eval", limit or 200, seed=0)
     key, _, where = name.partition("@")

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import elbo
 from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, Trace, chunks
-from model import GPT, KVCache, pad, pick
+from model import GPT, Decoder, KVCache, pad, pick
 
 MODES = ("learned", "always", "first", "never")     # who decides where to think: q; everywhere; before line 0 only; nowhere
 
@@ -152,10 +152,10 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         for r, token, (*_, gate) in zip(rows, last, thinking):
             r.write(token, gate)
         cache.length = torch.tensor([len(r.trace.tokens) - 1 for r in rows], device=dev)
-        live = [not r.check(enc, max_rationale) for r in rows]
+        live, decode = [not r.check(enc, max_rationale) for r in rows], Decoder(model, cache)
         while any(live):
             # Rows that have finished ride along; their cache does not advance.
-            logits = model(torch.tensor(last, device=dev)[:, None], cache=cache)[:, 0]                  # (B, V)
+            logits = decode(torch.tensor(last, device=dev))                                             # (B, V)
             cache.length += torch.tensor(live, device=dev)
             drawn = _draw(logits, rows, live)
             for b, r in enumerate(rows):

@@ -172,7 +172,7 @@ class GPT(nn.Module):
         steps = torch.arange(T, device=dev)
         if cache is not None:
             pos = cache.length[:, None] + steps                                                       # (B, T)
-            end = int(pos.max()) + 1
+            end = cache.k.shape[2] if recording(dev) else int(pos.max()) + 1                          # a recording cannot look at lengths
             mask = (torch.arange(end, device=dev) <= pos[..., None])[:, None]                         # (B, 1, T, S)
         elif doc is not None:
             same = doc[:, :, None] == doc[:, None, :]
@@ -286,6 +286,42 @@ class KVCache:
         self.k[:, rows, :size], self.v[:, rows, :size], self.length[rows] = other.k, other.v, other.length
 
 
+def recording(device: torch.device) -> bool:
+    """Is a CUDA graph being recorded?"""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Decoder:
+    """One token more for every row of a cache: decode(last) is `model(last[:, None], cache=cache)[:, 0]`, last (B,) -> (B, V).
+
+    On a GPU the pass is recorded once, as a CUDA graph, and replayed: a small model's thousand kernels take longer to launch than to run.
+    A recording is bound to its cache's tensors: change `cache.length` in place only, and make another Decoder for another cache.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache):
+        self.model, self.cache, self.graph = model, cache, None
+
+    def __call__(self, last: Tensor) -> Tensor:
+        if self.graph is not None:
+            for count in self.model._forward_pre_hooks.values():     # a replay would pass by who counts the tokens
+                count(self.model, (self.last,))
+            self.last.copy_(last[:, None])
+            self.graph.replay()
+            return self.logits
+        logits = self.model(last[:, None], cache=self.cache)[:, 0]                                    # (B, V)
+        if last.is_cuda:
+            # After a pass like any other: it has made autocast's copies of the weights, which made in a recording would hold nothing yet.
+            self.last, self.graph = last[:, None].clone(), torch.cuda.CUDAGraph()
+            aside = torch.cuda.Stream()                              # the default stream cannot be recorded
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                self.graph.capture_begin()
+                self.logits = self.model.forward(self.last, cache=self.cache)[:, 0]
+                self.graph.capture_end()
+            torch.cuda.current_stream().wait_stream(aside)
+        return logits
+
+
 def pad(rows: list, value: int, device=None) -> Tensor:
     """Right-pad lists to a (B, T) int64 tensor."""
     width = max(map(len, rows))
@@ -323,7 +359,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     """Continue each prompt until a token of stop_ids (default: end of document), until stop(tokens) is true, or max_new_tokens.
 
     seeds: one per prompt, anything `np.random.default_rng` takes.
-    A row that finishes hands its slot to the next waiting prompt; when none waits, finished rows are dropped.
+    A row that finishes hands its slot to the next waiting prompt; when none waits, finished rows are dropped (on a GPU half of them at a time).
     Raises ValueError for an empty prompt or one that leaves no room in the context.
     """
     cfg, dev = model.config, model.device
@@ -375,14 +411,17 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     cache = KVCache(cfg, len(rows), size, dev, dtype)
     cache.put(torch.arange(len(rows), device=dev), prefill(rows))
     last = torch.tensor([prompts[i][-1] for i in rows], device=dev)
-    while rows:
-        logits = model(last[:, None], cache=cache)[:, 0].float()                              # (B, V)
-        cache.length += 1
-        u = torch.tensor([noise[i][len(out[i].tokens)] for i in rows], dtype=torch.float64)
+    decode, live = Decoder(model, cache), [True] * len(rows)
+    while any(live):
+        logits = decode(last).float()                                                                 # (B, V)
+        cache.length += torch.tensor(live, device=dev)                      # who has finished and rides along stays where he is
+        u = torch.tensor([noise[i][len(out[i].tokens)] if on else 0.0 for i, on in zip(rows, live)], dtype=torch.float64)
         last = pick(logits, u.to(dev), temperature)                                                   # (B,)
         logp = torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, last[:, None])[:, 0].tolist()
         done = []
         for slot, (i, token, lp) in enumerate(zip(rows, last.tolist(), logp)):
+            if not live[slot]:
+                continue
             s = out[i]
             s.tokens.append(token)
             s.logprobs.append(lp)
@@ -397,10 +436,14 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
             last[slots] = torch.tensor([prompts[i][-1] for i in ids], device=dev)
             for slot, i in zip(refill, ids):
                 rows[slot] = i
-        if gone := set(done[len(refill):]):
-            keep = [slot for slot in range(len(rows)) if slot not in gone]
+        for slot in done[len(refill):]:
+            live[slot] = False
+        # A smaller cache is copied and, on a GPU, recorded anew, which takes as long as some tokens.
+        if sum(live) <= (len(rows) // 2 if dev.type == "cuda" else len(rows) - 1):
+            keep = [slot for slot, on in enumerate(live) if on]
             index = torch.tensor(keep, dtype=torch.int64, device=dev)
-            rows, last, cache = [rows[slot] for slot in keep], last[index], cache.select(index)
+            rows, last, cache, live = [rows[slot] for slot in keep], last[index], cache.select(index), [True] * len(keep)
+            decode = Decoder(model, cache)
     return out
 
 

@@ -43,7 +43,7 @@ import elbo
 import estep
 import mstep
 import rlvr
-from model import GPT, SHAPES, GPTConfig, encode_prompt, find_model, load_pretrained, memory, read_config, write_whole
+from model import GPT, SHAPES, GPTConfig, encode_prompt, find_model, load_pretrained, memory, read_config, save_tokenizer, write_whole
 from sandbox import Sandbox
 
 
@@ -65,21 +65,22 @@ class Settings:
     pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
     pretrain_tokens: int = option(7_000_000, "solution tokens of that: arithmetic appears after about 2M in a phase change")
     # data
-    data: str = option("world", "experts' programs: world; a benchmark with solutions (leetcode:train); or a corpus: a hub name, file or folder")
+    data: str = option("world", "experts' programs: world; benchmarks with solutions (leetcode:train,mbpp-docstring:train); or a corpus: a hub name, file or folder")
     column: str = option("text", "the corpus column that holds the programs")
     rounds: int = option(1, "of E-step and M-step, each with --experts programs of its own; a corpus is read on, and memory holds one round's")
     warm_data: str = option("", "commented programs to warm a cold base up on, before everything else: a corpus, or stdlib, which every machine has")
     warm_column: str = option("text", "the column of that corpus")
     warm_steps: int = option(0, "updates of that warm start, --m-programs each; real bases hardly ever write a comment by themselves")
     warm_density: float = option(0.1, "least share of lines with a comment of a program used for it")
-    benchmark: str = option("world", "held-out problems: world, or a benchmark (humaneval, mbpp, leetcode:test ...)")
-    rl_data: str = option("world", "RLVR's problems: world, or a benchmark (mbpp-docstring:train, leetcode:train ...)")
+    benchmark: str = option("world", "held-out problems: world, or benchmarks (humaneval, mbpp, leetcode:test ...)")
+    rl_data: str = option("world", "RLVR's problems: world, or benchmarks (mbpp-docstring:train,leetcode:train ...)")
     data_dir: str = option("", "folder with the benchmarks as JSONL files; default: the hub")
     experts: int = option(2048, "expert programs: about three epochs of the M-step, the same for NTP and RA3")
     eval_problems: int = option(128, "held-out problems of the final scores: a standard error of about 4 points per seed")
     curve_problems: int = option(64, "of which are used for the curves on the way")
     samples: int = option(5, "samples per problem at temperature 1, for pass@1 and pass@5")
     max_new_tokens: int = option(224, "longest sampled program: three commented loops take about 180")
+    time_limit: float = option(0.0, "CPU seconds that a sampled program may take; 0: what its benchmark allows, 10 or more, which endless loops use up")
     # E-step
     e_steps: int = option(30, "updates of q; the reward settles within them")
     e_programs: int = option(16, "programs per update; with the next, 128 rollouts")
@@ -136,7 +137,7 @@ class Settings:
         need(self.rl_group >= 2, "rl_group", "a group needs at least 2 samples")
         need(self.experts >= max(self.e_programs, self.m_programs), "experts", "one update takes more; lower --e-programs and --m-programs too")
         need(self.rl_pool >= self.rl_problems, "rl_pool", "one update takes more; lower --rl-problems too")
-        for name in ("c", "beta", "floor", "broken_cost", "e_anchor", "kl", "clip_low", "clip_high"):
+        for name in ("c", "beta", "floor", "broken_cost", "e_anchor", "kl", "clip_low", "clip_high", "time_limit"):
             need(getattr(self, name) >= 0, name, "a penalty or weight is not negative")
         need(0 < self.p_think < 1, "p_think", "a probability strictly between 0 and 1 is needed")
         need(0 <= self.explore < 1, "explore", "a share below 1 is needed; to think everywhere, use --rationales always")
@@ -230,8 +231,8 @@ def parse_flags(argv: list[str] | None = None) -> Settings:
 class Run:
     """One process's view of a run of one seed: ranks, folder, log, checkpoints, and the one way to take an optimizer step."""
 
-    def __init__(self, settings: Settings, folder: Path, seed: int):
-        self.s, self.dir, self.seed = settings, folder, seed
+    def __init__(self, settings: Settings, folder: Path, seed: int, enc=None):
+        self.s, self.dir, self.seed, self.enc = settings, folder, seed, enc       # enc: the tokenizer, kept beside what is trained
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.resident: GPT | None = None             # see `use`
@@ -327,12 +328,17 @@ class Run:
             if self.s.shard:
                 self.shard(model)
             began, before = time.time(), self.compute
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             work(model)
             # A crash between any two of these lines only repeats the end of the stage: the committed record is what says it is done.
             model = self.whole(model)
             if self.rank == 0:
                 model.save_pretrained(folder)
-            self.log(key=f"cost/{name}", seconds=round(time.time() - began, 1), compute=int(self.sum(self.compute - before)[0]))
+                if self.enc is not None:
+                    save_tokenizer(self.enc, folder)
+            gpu = {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if self.device.type == "cuda" else {}
+            self.log(key=f"cost/{name}", seconds=round(time.time() - began, 1), compute=int(self.sum(self.compute - before)[0]), **gpu)
             self.commit()
             if self.rank == 0:
                 (self.dir / "state.pt").unlink(missing_ok=True)
@@ -550,14 +556,16 @@ def load_data(s: Settings, model: GPT, enc, box: Sandbox) -> Data:
 
     Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
     """
+    def in_time(problems: list[bench.Problem]) -> list[bench.Problem]:
+        return [dataclasses.replace(p, timeout_s=s.time_limit) for p in problems] if s.time_limit else problems
     if s.benchmark == "world":
         evaluation = bench.world("eval", s.eval_problems, seed=0)
     else:
-        evaluation = bench.load(s.benchmark, s.data_dir or None, limit=s.eval_problems)
+        evaluation = in_time(bench.load(s.benchmark, s.data_dir or None, limit=s.eval_problems))
     if s.rl_data == "world":                         # fit by construction
         rl, unfit = bench.world("train", s.rl_pool, seed=1), {}
     else:
-        rl = bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool)
+        rl = in_time(bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool))
         rl, unfit = bench.fit_for_rl(rl, box) if s.rl_steps else (rl, {})
     for name, problems in ((s.benchmark, evaluation), (s.rl_data, rl)):
         for p in problems:
@@ -829,8 +837,8 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
         text += ["## Figure 5: RLVR", "", "![RLVR](rlvr.png)", "", "| from | mean of the curve | end of the curve |", "|---|---|---|"]
         text += [f"| {label} | {percent(y.mean(1))} | {percent(y[:, -1])} |" for label, (x, y) in curves.items()]
     costs = {r["key"][5:]: r for r in res.logs[0] if r.get("key", "").startswith("cost/")}
-    text += ["", "## Cost (first seed)", "", "| stage | seconds | million tokens through the model (a training token counts three times) |", "|---|---|---|"]
-    text += [f"| {k} | {r['seconds']:.0f} | {r['compute'] / 1e6:.1f} |" for k, r in costs.items()]
+    text += ["", "## Cost (first seed)", "", "| stage | seconds | million tokens through the model (a training token counts three times) | GB of the GPU at most |", "|---|---|---|---|"]
+    text += [f"| {k} | {r['seconds']:.0f} | {r['compute'] / 1e6:.1f} | {r.get('peak_gb', '-')} |" for k, r in costs.items()]
     write_text(folder / "report.md", "\n".join(text) + "\n")
     print("\n".join(table))
     return numbers
@@ -932,7 +940,7 @@ def main(s: Settings):
         folder = Path(shared[0])
         for name, flags in variants.items():
             for seed in seeds:
-                run = Run(dataclasses.replace(s, **flags), folder / slug(name) / f"seed{seed}", seed)
+                run = Run(dataclasses.replace(s, **flags), folder / slug(name) / f"seed{seed}", seed, enc)
                 (ablation if s.ablations else experiment)(run, base, data, box)
     if first:
         numbers = (report_ablations if s.ablations else report)(folder, seeds, s)

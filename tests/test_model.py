@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, generate, pad, pick, rope_frequencies, uniforms
+from model import GPT, Decoder, GPTConfig, KVCache, generate, pad, pick, rope_frequencies, uniforms
 
 TINY = dict(vocab_size=61, d_model=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_ff=48, context=64, eos_id=0)
 KINDS = {
@@ -56,6 +56,42 @@ def test_cached_logits_equal_uncached(kind):
     logits = model(tokens(B, 2, seed=9), cache=cache)
     for b in range(B):
         assert (logits[b] - model(torch.tensor([kept[b] + tokens(B, 2, seed=9)[b].tolist()]))[0, -2:]).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has graphs to record")
+@pytest.mark.parametrize("autocast", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_recorded_pass_is_the_pass(kind, autocast):
+    """Rows of unequal lengths, some of which stay where they are, token by token: with and without a graph, and as many tokens are counted."""
+    model, counted = tiny(**KINDS[kind]).cuda(), []
+    model.register_forward_pre_hook(lambda _, args: counted.append(args[0].numel()))
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        caches, prompts = [KVCache(model.config, 3, 40, "cuda", torch.bfloat16 if autocast else torch.float32) for _ in range(2)], tokens(3, 7).cuda()
+        for cache in caches:
+            model(prompts, cache=cache)
+            cache.length = torch.tensor([7, 3, 5], device="cuda")
+        decode = Decoder(model, caches[1])
+        for step in range(8):
+            last = tokens(3, seed=step).cuda()
+            counted.clear()
+            plain = model(last[:, None], cache=caches[0])[:, 0]
+            recorded = decode(last)
+            assert counted == [3, 3]
+            torch.testing.assert_close(plain, recorded, **(dict(rtol=0.05, atol=0.3) if autocast else dict(rtol=1e-4, atol=1e-4)))
+            for cache in caches:
+                cache.length += torch.tensor([True, step % 2 == 0, step < 4], device="cuda")
+    assert decode.graph is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to compare with")
+@pytest.mark.parametrize("batch_size", (2, 3, 8))
+def test_a_gpu_draws_what_the_cpu_draws(batch_size):
+    model, prompts = tiny(), [tokens(n, seed=n).tolist() for n in (3, 9, 1, 5, 5, 2, 7)]
+    how = dict(max_new_tokens=20, seeds=list(range(7)), batch_size=batch_size, stop_ids=(3, 5, 8))
+    cpu = generate(model, prompts, **how)
+    gpu = generate(model.cuda(), prompts, **how)
+    assert len({len(s.tokens) for s in cpu}) > 2 and [s.tokens for s in cpu] == [s.tokens for s in gpu]
 
 
 @torch.no_grad()
