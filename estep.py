@@ -51,10 +51,14 @@ class _Rollout:
     def tail(self) -> list[int]:
         return [token for line in self.program.lines[self.t:] for token in line]
 
-    def decide(self, p_open: list[float], mode: str, explore: float) -> int:
-        """Take lines as they come until a gate opens; p_open: q(think) at each remaining line. FREE or FORCED if one did, else NO_GATE."""
+    def decide(self, p_open: list[float], how: str, explore: float, room: int) -> int:
+        """Take lines as they come until a gate opens; FREE or FORCED if one did, else NO_GATE.
+
+        p_open: q(think) at each remaining line. how: one of MODES. room: tokens left for another rationale, beside what this one has spent.
+        """
         start = self.t
         while self.t < len(self.program.lines):
+            mode = how if room + self.spent >= 0 else "never"
             gate = FORCED if self.forced or mode == "never" or (mode == "first" and self.t) else FREE
             p = p_open[self.t - start]
             if mode == "always" or (mode == "first" and not self.t):
@@ -141,7 +145,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         thinking = []
         for b, r in zip(slots, rows):
             start = r.t
-            if gate := r.decide(p_open[b].tolist(), mode if len(texts[b]) - r.spent + rationale <= size else "never", explore):
+            if gate := r.decide(p_open[b].tolist(), mode, explore, size - len(texts[b]) - rationale):
                 thinking.append((r, b, int(firsts[b]) + r.t - start, gate))
         if not thinking:
             break
@@ -349,8 +353,9 @@ def rationale_gain(run, pi: GPT, data, programs: list[Program], infused: list[Tr
     """
     pi = run.use(pi)
     variants = [[p.trace() for p in programs], infused, shuffled(data.enc, programs, infused, run.draw("shuffled"))]
+    fits = [v for v in zip(*variants) if max(len(t.tokens) for t in v) <= pi.config.context]        # another's rationale may be longer
     rows = []                                       # (without, with, shuffled) of every line that has a rationale
-    for part in chunks(run.mine(list(zip(*variants))), run.s.micro_batch):
+    for part in chunks(run.mine(fits), run.s.micro_batch):
         think, _ = decisions([own for _, own, _ in part], max(max(own.line) for _, own, _ in part) + 1)     # (B, L)
         columns = []
         for traces in zip(*part):

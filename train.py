@@ -164,6 +164,8 @@ REAL = dict(
     max_new_tokens=512,                                      # 99 in 100 of LeetCode's solutions have at most 1,500 characters
     max_rationale=64,                                        # a sentence or two
     horizon=16,                                              # real blocks are longer than the world's loops of 5 lines
+    floor=math.inf,                                          # a line of real code costs about 11 nats (SmolLM2): a floor of 3 would hide them all
+    time_limit=3.0,                                          # a young policy's endless loops would take the sandbox longer than all the rest
     experts=8192,                                            # 200 updates of 64 programs read them one and a half times
     e_rollouts=4, e_programs=32,                             # as many rollouts as the world's, on more programs: real ones differ more
     e_steps=100, m_steps=200, rl_steps=100, rl_problems=32, save_every=20,
@@ -567,11 +569,16 @@ def load_data(s: Settings, model: GPT, enc, box: Sandbox) -> Data:
     else:
         rl = in_time(bench.load(s.rl_data, s.data_dir or None, limit=s.rl_pool))
         rl, unfit = bench.fit_for_rl(rl, box) if s.rl_steps else (rl, {})
-    for name, problems in ((s.benchmark, evaluation), (s.rl_data, rl)):
-        for p in problems:
-            if (n := len(encode_prompt(enc, p.prompt))) + s.max_new_tokens > model.config.context:
-                raise ValueError(f"{name}: the prompt of {p.id} has {n} tokens, which with --max-new-tokens {s.max_new_tokens} exceeds the context "
-                                 f"of {model.config.context}")
+    room = model.config.context - s.max_new_tokens
+
+    def size(p: bench.Problem) -> int:
+        return len(encode_prompt(enc, p.prompt))
+    for p in evaluation:
+        if size(p) > room:
+            raise ValueError(f"{s.benchmark}: the prompt of {p.id} has {size(p)} tokens, which with --max-new-tokens {s.max_new_tokens} exceeds the context of "
+                             f"{model.config.context}: raise --context, or lower --max-new-tokens or --eval-problems")
+    unfit |= {p.id: f"its prompt has more than {room} tokens" for p in rl if size(p) > room}
+    rl = [p for p in rl if p.id not in unfit]
     if len(rl) < s.rl_problems:
         raise ValueError(f"{s.rl_data}: {len(rl)} problems are fit for RL, {len(unfit)} are not, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
     if not any(p.solution for p in evaluation):
@@ -933,7 +940,7 @@ def main(s: Settings):
         data = load_data(s, base, enc, box)          # before anything is written: bad data leaves nothing behind
         data.openers = data.openers.to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
         if first and data.unfit:
-            print(f"{s.rl_data}: {len(data.rl_problems)} problems are fit for RL; of {len(data.unfit)} the reference fails or a trivial program passes")
+            print(f"{s.rl_data}: {len(data.rl_problems)} problems are fit for RL; of {len(data.unfit)} the reference fails, a trivial program passes, or the prompt is too long")
         shared = [str(start_folder(s)) if first else None]
         if ranks > 1:
             dist.broadcast_object_list(shared)

@@ -104,6 +104,13 @@ def test_mbpp_rows_in_both_formats(data):
     assert plus.tests == (MBPPPLUS["test"],) and plus.setup == "import math" and plus.names == ("plus",)
 
 
+def test_several_benchmarks_are_read_one_after_the_other(data):
+    one, other, both = (load(name, data) for name in ("mbpp-docstring", "humaneval", "mbpp-docstring,humaneval"))
+    assert both == one + other and load("mbpp-docstring,humaneval", data, limit=len(one) + 1) == one + other[:1]
+    with pytest.raises(ValueError, match="unknown benchmark 'nonsense'"):
+        load("humaneval,nonsense", data)
+
+
 def test_livecodebench_rows_and_date_window(data):
     stdin, method = load("livecodebench", data)
     assert stdin.job("x") == Stdio(stdin.prompt + "x", (("1\n", "2\n"), ("4\n", "8\n")), 10.0)  # public and private

@@ -247,6 +247,16 @@ def test_rows_of_very_unequal_length_share_a_batch(enc, mode):
     assert [key(t) for t in together] == [key(t) for t in alone]
 
 
+@pytest.mark.parametrize("explore", (0.0, 0.6))
+def test_rationales_stay_within_a_context_that_has_room_for_one(enc, explore):
+    """A well-formed rationale may be followed by the line and then by another: what the first has spent is spent."""
+    model, p, most = tiny(0), elbo.parse(enc, "a\n", "x\n" * 6, EOS), 5
+    model.config.context = len(p) + most + 3                        # a newline more if it has to be closed
+    for k in range(40):
+        for t in estep.rollout(model, enc, [p] * 8, [[k, i] for i in range(8)], torch.tensor([True] + [False] * 4), max_rationale=most, explore=explore):
+            assert len(t.tokens) <= model.config.context and [x for x, kind in zip(t.tokens, t.kind) if kind == ACTION] == [x for line in p.lines for x in line]
+
+
 @pytest.mark.parametrize("mode, where", [("never", []), ("always", [0, 1]), ("first", [0])])
 def test_modes_think_where_they_say(enc, mode, where):
     model, openers = tiny(1), elbo.opener_mask(enc)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import bench
 import train
+from model import load_pretrained
+from sandbox import Sandbox
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--experts 64 --eval-problems 4 --samples 2 --e-steps 4 --e-programs 4 --e-rollouts 4 --m-steps 4 --m-programs 16 --rl-steps 4 "
@@ -57,7 +59,8 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     for figure in ("estep_reward", "estep_think", "mstep_nll", "mid_accuracy", "rlvr"):
         assert (folder / f"{figure}.png").stat().st_size > 1000 and f"{figure}.png" in text
     for stage in STAGES:
-        assert (folder / "seed0" / stage / "model.safetensors").exists()
+        model, enc = load_pretrained(folder / "seed0" / stage)            # with its tokenizer: it can be sampled from, here and elsewhere
+        assert model.n_vocab == enc.n_vocab
     assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("state.pt"))
 
 
@@ -183,6 +186,24 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path):
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr and "File too large" in done.stderr
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_problems_are_held_to_the_time_limit_and_to_the_context(tmp_path):
+    """An RL problem whose reference is too slow, or whose prompt leaves no room, is left out by name; a held-out one of that kind is an error."""
+    row = dict(text="Three.", test_list=["assert three() == 3"], test_setup_code="", challenge_test_list=[])
+    rows = [row | dict(task_id=i, code=f"def three():\n    return {what}\n", text=text) for i, what, text in
+            ((1, "3", "Three."), (2, "sum(1 for _ in range(10**9)) and 3", "Three."), (3, "3", "Three! " * 99), (4, "1 + 2", "Three."))]
+    for split, some in (("train", rows), ("test", rows[:1]), ("validation", rows[2:3])):
+        (tmp_path / "mbpp/full").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"mbpp/full/{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    base, enc = load_pretrained(ROOT / "base")
+    flags = ["--data-dir", str(tmp_path), "--rl-data", "mbpp-docstring:train", "--rl-problems", "2", "--rl-pool", "4", "--time-limit", "0.5", "--experts", "64"]
+    with Sandbox(workers=2) as box:
+        data = train.load_data(train.parse_flags([*flags, "--benchmark", "mbpp-docstring:test"]), base, enc, box)
+        assert [p.id for p in data.rl_problems] == ["mbpp/1", "mbpp/4"] and {p.timeout_s for p in data.rl_problems + data.eval_problems} == {0.5}
+        assert data.unfit.keys() == {"mbpp/2", "mbpp/3"} and "timeout" in data.unfit["mbpp/2"] and "more than 288 tokens" in data.unfit["mbpp/3"]
+        with pytest.raises(ValueError, match="mbpp/3 has .* tokens, which .* exceeds the context of 512: raise --context, or lower"):
+            train.load_data(train.parse_flags([*flags, "--benchmark", "mbpp-docstring:validation"]), base, enc, box)
 
 
 def test_an_existing_run_is_not_overwritten(whole, monkeypatch):
