@@ -78,6 +78,7 @@ def measure(run: train.Run, phase: str, rows: int, length: int) -> tuple[float, 
     update()                                                 # the moments are there, and the kernels
     torch.cuda.reset_peak_memory_stats()
     if phase == "sampling":
+        answers(2)                                           # the kernels of this shape
         prompts = seconds(answers, 1)
         speed = 15 * rows / (seconds(answers, 16) - prompts)
     else:
