@@ -547,9 +547,10 @@ SOURCES = {
 
 
 def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "", until: str = "") -> list[Problem]:
-    """The problems of a benchmark, in the order of its rows: `benchmark[:split][@where]`, or "world"; of several, with commas between.
+    """The problems of a benchmark, in the order of its rows: `benchmark[:split][@where]`, or "world".
 
     `@where` names another hub dataset or JSONL file with rows of the same columns: `leetcode:train@me/my-problems`.
+    Several benchmarks, with commas between, are read one after the other; a problem that two of them hold (MBPP, MBPP+) counts once.
     data_dir: a folder with JSONL files as in `Source.files`; None: the hub. since, until: dates YYYY-MM-DD, the second excluded; problems
     without a date stay. Raises ValueError for an unknown name, what cannot be read, a row without a column, or if no problem is left.
     """
@@ -557,7 +558,13 @@ def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "",
         if not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
             raise ValueError(f"{date!r} is not a date: expected YYYY-MM-DD")
     if "," in name:
-        return [p for one in name.split(",") for p in load(one, data_dir, since=since, until=until)][:limit]
+        found: dict[str, Problem] = {}
+        for one in name.split(","):
+            if one == "world":                                            # these are the held-out ones, and a list may be for training
+                raise ValueError(f"{name}: the world cannot stand in a list; give it alone")
+            for p in load(one, data_dir, limit=limit, since=since, until=until):
+                found.setdefault(p.id, p)
+        return list(found.values())[:limit]
     if name == "world":
         return world("eval", limit or 200, seed=0)
     key, _, where = name.partition("@")

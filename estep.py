@@ -116,8 +116,8 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     if mode == "never" or not rows:
         return [p.trace() for p in programs]
     # Room for a rationale: its tokens, and a closing that had to be forced.
-    rationale = max_rationale + 1 + max(len(enc.encode_ordinary(c)) for c in {c for p in programs for c in p.closings})
-    size = min(cfg.context, max(len(p) + (1 if mode == "first" else len(p.lines)) * rationale for p in programs))
+    need = {id(p): max_rationale + 1 + max(len(enc.encode_ordinary(c)) for c in set(p.closings)) for p in programs}
+    size = min(cfg.context, max(len(p) + (1 if mode == "first" else len(p.lines)) * need[id(p)] for p in programs))
     distinct = {p: n for n, p in enumerate(dict.fromkeys(map(id, programs)))}
     slots = [distinct[id(p)] for p in programs]                 # a row's place in the cache: versions of a program begin alike, and share it
     dtype = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else model.embed_tokens.weight.dtype
@@ -145,7 +145,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         thinking = []
         for b, r in zip(slots, rows):
             start = r.t
-            if gate := r.decide(p_open[b].tolist(), mode, explore, size - len(texts[b]) - rationale):
+            if gate := r.decide(p_open[b].tolist(), mode, explore, cfg.context - len(texts[b]) - need[id(r.program)]):
                 thinking.append((r, b, int(firsts[b]) + r.t - start, gate))
         if not thinking:
             break
@@ -167,6 +167,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
                     last[b] = drawn[b]
                     r.write(drawn[b])
                     live[b] = not r.check(enc, max_rationale)
+        del decode                                  # its recording holds memory
         # What is cached of each row: all but its last sampled token and a forced closing.
         cache.length = torch.minimum(cache.length, torch.tensor([len(r.trace.tokens) - 1 for r in rows], device=dev))
     return out

@@ -297,6 +297,7 @@ class Decoder:
     On a GPU the pass is recorded once, as a CUDA graph, and replayed: a small model's thousand kernels take longer to launch than to run.
     A recording is bound to its cache's tensors: change `cache.length` in place only, and make another Decoder for another cache.
     """
+    aside = None                                                     # the stream to record on, as the default one cannot; a new one each time would cost memory
 
     def __init__(self, model: GPT, cache: KVCache):
         self.model, self.cache, self.graph = model, cache, None
@@ -312,12 +313,14 @@ class Decoder:
         if last.is_cuda:
             # After a pass like any other: it has made autocast's copies of the weights, which made in a recording would hold nothing yet.
             self.last, self.graph = last[:, None].clone(), torch.cuda.CUDAGraph()
-            aside = torch.cuda.Stream()                              # the default stream cannot be recorded
+            aside = Decoder.aside = Decoder.aside or torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 self.graph.capture_begin()
-                self.logits = self.model.forward(self.last, cache=self.cache)[:, 0]
-                self.graph.capture_end()
+                try:
+                    self.logits = self.model.forward(self.last, cache=self.cache)[:, 0]
+                finally:
+                    self.graph.capture_end()
             torch.cuda.current_stream().wait_stream(aside)
         return logits
 

@@ -6,6 +6,7 @@ function is the baseline, next-token prediction (NTP). The corpora that both lea
 world's base model is made here, by the same loss on web code (`pretrain`).
 """
 import ast
+import re
 import sysconfig
 import warnings
 from collections import Counter
@@ -244,7 +245,7 @@ def read_experts(s, model: GPT, enc, n: int = 0, position: tuple[int, int] = (0,
     least = max(s.e_programs, s.m_programs)
     if s.data == "world":
         return parse_all(s, model, enc, "world", solved(bench.world("train", s.experts, seed=100 * n)), s.experts), position
-    if s.data.partition("@")[0].partition(":")[0] in bench.SOURCES:
+    if re.split("[,:@]", s.data)[0] in bench.SOURCES:
         problems = bench.load(s.data, s.data_dir or None, limit=(n + 1) * s.experts)[n * s.experts:]
         return parse_all(s, model, enc, s.data, solved(problems), least), position
     corpus = Corpus(s.data, s.column, limit=model.config.context - s.max_rationale, size=lambda text: len(encode_prompt(enc, text)) + 2,

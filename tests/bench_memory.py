@@ -4,7 +4,7 @@
     python tests/bench_memory.py qwen2.5-1.5b          # or those named
 
 Weights are random, as memory and speed do not depend on them; nothing is downloaded. Each phase takes its worst micro-batch, all sequences as
-long as the context, twice, and the optimizer's step. Allocated is what tensors hold; the CUDA context and fragments come on top (reserved).
+long as the context, twice, and the optimizer's step; sampling is `generate` at the end of such sequences. Allocated is what tensors hold; the CUDA context and fragments come on top (reserved).
 """
 import copy
 import gc
@@ -76,6 +76,7 @@ def measure(run: train.Run, phase: str, rows: int, length: int) -> tuple[float, 
         return time.time() - began
 
     update()                                                 # the moments are there, and the kernels
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     if phase == "sampling":
         answers(2)                                           # the kernels of this shape

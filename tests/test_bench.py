@@ -107,8 +107,10 @@ def test_mbpp_rows_in_both_formats(data):
 def test_several_benchmarks_are_read_one_after_the_other(data):
     one, other, both = (load(name, data) for name in ("mbpp-docstring", "humaneval", "mbpp-docstring,humaneval"))
     assert both == one + other and load("mbpp-docstring,humaneval", data, limit=len(one) + 1) == one + other[:1]
-    with pytest.raises(ValueError, match="unknown benchmark 'nonsense'"):
-        load("humaneval,nonsense", data)
+    assert [p.id for p in load("mbpp-docstring,mbppplus,mbpp", data)] == [one[0].id]            # the same problem, in the format that comes first
+    for names, said in (("humaneval,nonsense", "unknown benchmark 'nonsense'"), ("humaneval,world", "give it alone")):
+        with pytest.raises(ValueError, match=said):
+            load(names, data)
 
 
 def test_livecodebench_rows_and_date_window(data):

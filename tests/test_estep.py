@@ -257,6 +257,17 @@ def test_rationales_stay_within_a_context_that_has_room_for_one(enc, explore):
             assert len(t.tokens) <= model.config.context and [x for x, kind in zip(t.tokens, t.kind) if kind == ACTION] == [x for line in p.lines for x in line]
 
 
+def test_near_the_end_of_the_context_too_a_row_is_what_it_would_be_alone(enc):
+    """Whether there is room for one more rationale is a matter of the row's own closings, not of its neighbours'."""
+    model, short, long = tiny(0), elbo.parse(enc, "a\n", "x\n" * 5, EOS), elbo.parse(enc, "a\n", "x\n" * 5, EOS)
+    long.closings = ["\n" + "x" * 9] * 5
+    model.config.context = len(short) + 10
+    how = dict(openers=torch.tensor([True] + [False] * 4), max_rationale=MAX, explore=0.5)
+    for k in range(30):
+        both = estep.rollout(model, enc, [short, long], [[k, 0], [k, 1]], **how)
+        assert [both[0], both[1]] == [estep.rollout(model, enc, [p], [[k, i]], **how)[0] for i, p in enumerate((short, long))]
+
+
 @pytest.mark.parametrize("mode, where", [("never", []), ("always", [0, 1]), ("first", [0])])
 def test_modes_think_where_they_say(enc, mode, where):
     model, openers = tiny(1), elbo.opener_mask(enc)
