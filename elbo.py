@@ -175,26 +175,33 @@ def encode_cut(enc: tiktoken.Encoding, text: str, cuts: list[int]) -> list[list[
 
 
 def rationale(enc: tiktoken.Encoding, program: Program, t: int, comment: str) -> list[int]:
-    """The tokens of the rationale `# ...` before line t, from the line's decision point to the next one."""
+    """The tokens of the comment line `# ...` before line t, from the line's decision point to the next one."""
     lead = " " if enc.decode(program.lines[t]).startswith(" ") else ""               # the last space of the indentation, if any
     return enc.encode_ordinary(lead + comment + program.closings[t])
 
 
-def parse_commented(enc: tiktoken.Encoding, source: str, eos: int, max_rationale: int) -> Trace:
+def parse_commented(enc: tiktoken.Encoding, source: str, eos: int, max_rationale: int, max_comments: int = 1) -> Trace:
     """A program with its author's comments as latents: what a cold base is warmed up on.
 
-    The rationale of a line is the one comment line right above it, at its indentation. Blocks of comments, and comments of more than
-    max_rationale tokens, are dropped, for q could not write them. Raises ValueError as `parse` does.
+    The rationale of a line is the block of comment lines right above it, at its indentation. A block of more than max_comments lines or
+    max_rationale tokens is dropped, for q could not write it. Raises ValueError as `parse` does.
     """
     program, comments = parse(enc, "", strip_comments(source), eos), comment_lines(python_tokens(source))
     lines, out = source.split("\n"), Trace()
     out.add(program.prompt, PROMPT)
+
+    def indent(n: int) -> str:
+        return lines[n - 1][:len(lines[n - 1]) - len(lines[n - 1].lstrip())]
     for t, start in enumerate(statements(source)):
-        n = source.count("\n", 0, start)                                             # lines[n - 1], the n-th, stands above it
-        above, here = (lines[i][:len(lines[i]) - len(lines[i].lstrip())] for i in (n - 1, n))
-        if n in comments and n - 1 not in comments and above == here and comments[n].strip("# \t"):
-            tokens = rationale(enc, program, t, comments[n])
-            out.add(tokens if len(tokens) <= max_rationale else [], LATENT, t, FREE)
+        here = source.count("\n", 0, start) + 1                                      # the number of its line, from 1
+        first = here
+        while first - 1 in comments:
+            first -= 1
+        block = range(first, here)
+        if len(block) <= max_comments and all(indent(n) == indent(here) and comments[n].strip("# \t") for n in block):
+            pieces = [rationale(enc, program, t, comments[n]) for n in block]
+            for piece in pieces if sum(map(len, pieces)) <= max_rationale else ():
+                out.add(piece, LATENT, t, FREE)
         out.add(program.lines[t], ACTION, t, FREE)
     return out
 

@@ -19,7 +19,8 @@ Where this departs from the paper, or where the paper is silent:
  3. A line's reward is cut off at -`floor` nats: the tail of rare, very wrong rationales makes most of the variance.
  4. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
  5. One round of E-step and M-step, on one draw of latents per program; the M-step goes on from q's weights.
- 6. A rationale is at most `max_rationale` tokens, one line; a longer, empty or unclosed one is closed by force and pays for it.
+ 6. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a longer, empty or unclosed one is
+    closed by force and pays for it.
 """
 import copy
 
@@ -45,8 +46,9 @@ class _Rollout:
         self.trace.add(program.prompt, PROMPT)
         self.t = 0                                  # next line
         self.latent: list[int] = []                 # the rationale being written before it
-        self.closed = self.forced = False           # a rationale before line t is complete; line t must follow now
-        self.spent = 0                              # its tokens
+        self.comments = 0                           # complete comment lines before line t, of
+        self.spent = 0                              # so many tokens
+        self.forced = False                         # line t must follow now
 
     def tail(self) -> list[int]:
         return [token for line in self.program.lines[self.t:] for token in line]
@@ -62,27 +64,27 @@ class _Rollout:
             gate = FORCED if self.forced or mode == "never" or (mode == "first" and self.t) else FREE
             p = p_open[self.t - start]
             if mode == "always" or (mode == "first" and not self.t):
-                p, gate = (0.0 if self.closed else 1.0), FORCED
+                p, gate = (0.0 if self.comments else 1.0), FORCED
             if self.forced or (gate == FORCED and p < 1.0):
                 p = 0.0
-            elif explore and gate == FREE and not self.closed and self.rng.random() < explore:
+            elif explore and gate == FREE and not self.comments and self.rng.random() < explore:
                 p, gate = 1.0, FORCED
             if p > 0.0 and self.rng.random() < p:
                 return gate
             self.trace.add(self.program.lines[self.t], ACTION, self.t, gate)
-            self.t, self.closed, self.forced, self.spent = self.t + 1, False, False, 0
+            self.t, self.comments, self.spent, self.forced = self.t + 1, 0, 0, False
         return NO_GATE
 
     def write(self, token: int, gate: int = NO_GATE):
         self.latent.append(token)
         self.trace.add([token], LATENT, self.t, gate)
 
-    def check(self, enc: tiktoken.Encoding, max_rationale: int) -> bool:
-        """Is the rationale finished? One that breaks the format is closed by force, and line t then follows without a gate."""
+    def check(self, enc: tiktoken.Encoding, max_rationale: int, max_comments: int) -> bool:
+        """Is the comment line finished? One that breaks the format is closed by force, and line t then follows without a gate."""
         text = enc.decode_bytes(self.latent).decode("utf-8", "replace")
         body, newline, rest = text.partition("\n")
         closing = self.program.closings[self.t]
-        broken = self.closed                                    # it stands right after another one: two comment lines
+        broken = self.comments >= max_comments
         # To Python a carriage return ends the comment, a NUL ends the program; the end of the document ends it for the model.
         broken = broken or "\r" in body or "\0" in body or self.latent[-1] in enc._special_tokens.values()
         if newline:
@@ -90,19 +92,19 @@ class _Rollout:
             finished = "\n" + rest == closing
         else:
             finished = False
-        if not broken and not finished and len(self.latent) < max_rationale:
+        if not broken and not finished and self.spent + len(self.latent) < max_rationale:
             return False
         if broken or not finished:
             self.trace.broken.add(self.t)
             self.trace.add(enc.encode_ordinary(closing), PROMPT, self.t)
             self.forced = True
-        self.closed, self.spent, self.latent = True, len(self.latent), []
+        self.comments, self.spent, self.latent = self.comments + 1, self.spent + len(self.latent), []
         return True
 
 
 @torch.no_grad()
 def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: list, openers: Tensor, *, max_rationale: int,
-            mode: str = "learned", explore: float = 0.0) -> list[Trace]:
+            max_comments: int = 1, mode: str = "learned", explore: float = 0.0) -> list[Trace]:
     """Infuse each program with latents drawn from q at temperature 1: one Trace per program (repeat a program for more).
 
     seeds: one per program, anything `np.random.default_rng` takes; a row's draws depend on nothing but its seed and its program.
@@ -156,7 +158,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         for r, token, (*_, gate) in zip(rows, last, thinking):
             r.write(token, gate)
         cache.length = torch.tensor([len(r.trace.tokens) - 1 for r in rows], device=dev)
-        live, decode = [not r.check(enc, max_rationale) for r in rows], Decoder(model, cache)
+        live, decode = [not r.check(enc, max_rationale, max_comments) for r in rows], Decoder(model, cache)
         while any(live):
             # Rows that have finished ride along; their cache does not advance.
             logits = decode(torch.tensor(last, device=dev))                                             # (B, V)
@@ -166,7 +168,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
                 if live[b]:
                     last[b] = drawn[b]
                     r.write(drawn[b])
-                    live[b] = not r.check(enc, max_rationale)
+                    live[b] = not r.check(enc, max_rationale, max_comments)
         del decode                                  # its recording holds memory
         # What is cached of each row: all but its last sampled token and a forced closing.
         cache.length = torch.minimum(cache.length, torch.tensor([len(r.trace.tokens) - 1 for r in rows], device=dev))
@@ -285,7 +287,7 @@ def e_step(run, stage: str, model: GPT, data):
         for part in chunks(versions, s.sample_batch):
             with run.autocast():
                 traces += rollout(actor, data.enc, [data.experts[i] for i, _ in part], [run.draw(stage, step, i, k) for i, k in part],
-                                  data.openers, max_rationale=s.max_rationale, mode=s.rationales, explore=s.explore)
+                                  data.openers, max_rationale=s.max_rationale, max_comments=s.max_comments, mode=s.rationales, explore=s.explore)
         stats = np.zeros(6)
 
         def micro_batches():
@@ -317,7 +319,7 @@ def infuse(run, q: GPT, data, programs: list[Program], what: str, mode: str, exp
     for part in chunks(run.mine(list(enumerate(programs))), run.s.sample_batch):
         with run.autocast():
             out += rollout(q, data.enc, [p for _, p in part], [run.draw("infuse " + what, i) for i, _ in part], data.openers,
-                           max_rationale=run.s.max_rationale, mode=mode, explore=explore)
+                           max_rationale=run.s.max_rationale, max_comments=run.s.max_comments, mode=mode, explore=explore)
     return run.gather([without_broken(t) for t in out])
 
 
@@ -330,19 +332,19 @@ def shuffled(enc: tiktoken.Encoding, programs: list[Program], infused: list[Trac
     What is left of the gain there is owed to the form of a comment, not to what it says. A program keeps its own rationales if no other
     program has any.
     """
-    said = []                                       # (program, its rationale's text without the newline)
+    said = []                                       # (program, the comment lines of its rationale)
     for i, trace in enumerate(infused):
         for t, z in enumerate(trace.thinks()):
             latent = [x for x, kind, line in zip(trace.tokens, trace.kind, trace.line) if line == t and kind == LATENT]
-            said += [(i, enc.decode(latent).partition("\n")[0].strip())] if z else []
+            said += [(i, [line.strip() for line in enc.decode(latent).split("\n") if line.strip()])] if z else []
     rng, out = np.random.default_rng(seed), []
     for i, (program, trace) in enumerate(zip(programs, infused, strict=True)):
-        others = [text for j, text in said if j != i] or [text for _, text in said]
+        others = [comments for j, comments in said if j != i] or [comments for _, comments in said]
         out.append(Trace())
         out[-1].add(program.prompt, PROMPT)
         for t, z in enumerate(trace.thinks()):
-            if z:
-                out[-1].add(elbo.rationale(enc, program, t, others[rng.integers(len(others))]), LATENT, t, FORCED)
+            for comment in others[rng.integers(len(others))] if z else ():
+                out[-1].add(elbo.rationale(enc, program, t, comment), LATENT, t, FORCED)
             out[-1].add(program.lines[t], ACTION, t, FREE)
     return out
 

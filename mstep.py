@@ -258,7 +258,7 @@ def read_commented(s, model: GPT, enc) -> list[Trace]:
     """Programs with their authors' comments as latents, for a warm start: those with comments at `warm_density` of their lines at least."""
     corpus = Corpus(standard_library() if s.warm_data == "stdlib" else s.warm_data, s.warm_column, limit=s.row_tokens,
                     size=lambda text: len(encode_prompt(enc, text)) + 2, comments=True)
-    traces = (elbo.parse_commented(enc, text, model.config.eos_id, s.max_rationale) for text in corpus)
+    traces = (elbo.parse_commented(enc, text, model.config.eos_id, s.max_rationale, s.max_comments) for text in corpus)
     out = list(islice((t for t in traces if np.mean(t.thinks()) >= s.warm_density), s.warm_steps * s.m_programs))
     if len(out) < s.m_programs:
         raise ValueError(f"--warm-data {s.warm_data}: {len(out)} programs have comments at {s.warm_density:.0%} of their lines, "

@@ -96,6 +96,7 @@ class Settings:
     gamma: float = option(0.9, "discount per line in the return")
     explore: float = option(0.0, "share of gates that rollouts force open; for a cold base, whose gate would open too seldom to learn from")
     max_rationale: int = option(40, "longest rationale in tokens; eight worked-out terms take 31")
+    max_comments: int = option(1, "comment lines of a rationale; the world's need one, while real code explains itself in blocks")
     rationales: str = option("learned", "where to think: learned; always (no persistence); first (BRiTE); never")
     # M-step
     m_steps: int = option(100, "updates")
@@ -163,7 +164,7 @@ REAL = dict(
     eval_problems=400,                                       # a standard error of 2.5 points at most; two of the last hundred have very long prompts
     context=1536, row_tokens=1536,                           # LeetCode's longest prompt, 2,100 characters, and the answer; packed rows are filled
     max_new_tokens=512,                                      # 99 in 100 of LeetCode's solutions have at most 1,500 characters
-    max_rationale=64,                                        # a sentence or two
+    max_rationale=64, max_comments=4,                        # a sentence or two, in a block; of SmolLM2's comments a third go on in a second line
     horizon=16,                                              # real blocks are longer than the world's loops of 5 lines
     floor=math.inf,                                          # a line of real code costs about 11 nats (SmolLM2): a floor of 3 would hide them all
     time_limit=3.0,                                          # a young policy's endless loops would take the sandbox longer than all the rest

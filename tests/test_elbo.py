@@ -118,6 +118,9 @@ def test_an_authors_comments_become_the_latents(pattern):
     openers = elbo.opener_mask(enc)
     assert all(g == NO_GATE or bool(openers[x]) == (k == LATENT) for x, k, g in zip(t.tokens, t.kind, t.gate))
     assert not any(elbo.parse_commented(enc, source, eos, 2).thinks())
+    t = elbo.parse_commented(enc, source, eos, 40, max_comments=2)       # blocks too: a decision point before each of their lines
+    assert enc.decode(t.tokens[1:-1]) == "# a block of\n# two lines\n" + kept and [k == LATENT for k, g in zip(t.kind, t.gate) if g].index(False) == 2
+    assert all(g == NO_GATE or bool(openers[x]) == (k == LATENT) for x, k, g in zip(t.tokens, t.kind, t.gate))
 
 
 @pytest.mark.parametrize("bad", ["", "   \n", "def f(:\n", "x = (1,\n", "  x = 1\n y = 2\n"])

@@ -118,8 +118,8 @@ def test_q_is_a_distribution_over_the_outcomes_and_the_sampler_draws_from_it(enc
     assert len({key(t) for t in drawn}) > 30
 
 
-def reference_rollout(model, enc, p, seed, openers):
-    """Line by line, token by token, without a cache."""
+def reference_rollout(model, enc, p, seed, openers, comments):
+    """Line by line, token by token, without a cache; a rationale of at most 12 tokens and so many comment lines."""
     rng, t = np.random.default_rng(seed), Trace()
     t.add(p.prompt, PROMPT)
 
@@ -128,13 +128,13 @@ def reference_rollout(model, enc, p, seed, openers):
             return model(torch.tensor([t.tokens]))[0, -1].double().softmax(-1)
 
     for i, line in enumerate(p.lines):
-        gate, latent, closed = FREE, [], False
+        gate, written, spent = FREE, 0, 0
         while rng.random() < (pr := probs())[openers].sum():
             token = int(pick((pr * openers).log()[None], torch.tensor([rng.random()]), 1.0))
             t.add([token], LATENT, i, FREE)
             latent = [token]
-            broken = closed
-            while not broken and len(latent) < 12 and "\n" not in enc.decode(latent) and latent[-1] != EOS:
+            broken = written == comments
+            while not broken and spent + len(latent) < 12 and "\n" not in enc.decode(latent) and latent[-1] != EOS:
                 token = int(pick(probs().log()[None], torch.tensor([rng.random()]), 1.0))
                 t.add([token], LATENT, i)
                 latent.append(token)
@@ -144,21 +144,35 @@ def reference_rollout(model, enc, p, seed, openers):
                 t.add(enc.encode_ordinary(p.closings[i]), PROMPT, i)
                 gate = FORCED
                 break
-            closed = True
+            written, spent = written + 1, spent + len(latent)
         t.add(line, ACTION, i, gate)
     return t
 
 
-def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc):
-    model, openers = tiny(4), elbo.opener_mask(enc)
+@pytest.mark.parametrize("comments", (1, 2, 9))
+def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc, comments):
+    model, openers, how = tiny(4), elbo.opener_mask(enc), dict(max_rationale=12, max_comments=comments)
     programs = [elbo.parse(enc, "a\n", body, EOS) for body in ("x\na\nxx\nax\n", "x\n", "a\naa\nx\n")] * 10
     seeds = [[1, i] for i in range(len(programs))]
-    fast = estep.rollout(model, enc, programs, seeds, openers, max_rationale=12)
-    slow = [reference_rollout(model, enc, p, s, openers) for p, s in zip(programs, seeds)]
+    fast = estep.rollout(model, enc, programs, seeds, openers, **how)
+    slow = [reference_rollout(model, enc, p, s, openers, comments) for p, s in zip(programs, seeds)]
     assert [key(a) for a in fast] == [key(b) for b in slow]
     assert sum(sum(t.thinks()) for t in fast) > 20 and any(t.broken for t in fast)
-    alone = [estep.rollout(model, enc, [p], [s], openers, max_rationale=12)[0] for p, s in zip(programs, seeds)]
+    alone = [estep.rollout(model, enc, [p], [s], openers, **how)[0] for p, s in zip(programs, seeds)]
     assert [key(a) for a in alone] == [key(b) for b in fast]             # a row does not depend on its batch
+
+
+@pytest.mark.parametrize("text, most, comments, broken", [
+    ("#a\n", 9, 1, False), ("#a\n#", 9, 1, True), ("#a\n#x\n", 9, 2, False), ("#a\n#x\n#", 9, 2, True), ("#a\n#x\n#a\n", 9, 3, False),
+    ("#a\n#xx", 6, 2, True), ("#a\n#x\n", 6, 2, False), ("#a\n#\n", 9, 2, True)])
+def test_a_rationale_has_so_many_comment_lines_and_tokens(enc, text, most, comments, broken):
+    r = estep._Rollout(program(enc), 0)
+    finished = []
+    for token in enc.encode(text):
+        r.write(token)
+        finished.append(r.check(enc, most, comments))
+    assert (0 in r.trace.broken) == r.forced == broken and finished[-1]
+    assert sum(finished) == text.count("\n") + (text[-1] != "\n")       # not before: each comment line is opened by a gate of its own
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -247,13 +261,15 @@ def test_rows_of_very_unequal_length_share_a_batch(enc, mode):
     assert [key(t) for t in together] == [key(t) for t in alone]
 
 
+@pytest.mark.parametrize("comments", (1, 3))
 @pytest.mark.parametrize("explore", (0.0, 0.6))
-def test_rationales_stay_within_a_context_that_has_room_for_one(enc, explore):
+def test_rationales_stay_within_a_context_that_has_room_for_one(enc, explore, comments):
     """A well-formed rationale may be followed by the line and then by another: what the first has spent is spent."""
     model, p, most = tiny(0), elbo.parse(enc, "a\n", "x\n" * 6, EOS), 5
     model.config.context = len(p) + most + 3                        # a newline more if it has to be closed
     for k in range(40):
-        for t in estep.rollout(model, enc, [p] * 8, [[k, i] for i in range(8)], torch.tensor([True] + [False] * 4), max_rationale=most, explore=explore):
+        for t in estep.rollout(model, enc, [p] * 8, [[k, i] for i in range(8)], torch.tensor([True] + [False] * 4), max_rationale=most, max_comments=comments,
+                               explore=explore):
             assert len(t.tokens) <= model.config.context and [x for x, kind in zip(t.tokens, t.kind) if kind == ACTION] == [x for line in p.lines for x in line]
 
 
