@@ -166,7 +166,8 @@ REAL = dict(
     max_new_tokens=512,                                      # 99 in 100 of LeetCode's solutions have at most 1,500 characters
     max_rationale=64, max_comments=4,                        # a sentence or two, in a block; of SmolLM2's comments a third go on in a second line
     horizon=16,                                              # real blocks are longer than the world's loops of 5 lines
-    floor=math.inf,                                          # a line of real code costs about 11 nats (SmolLM2): a floor of 3 would hide them all
+    floor=math.inf,                                          # a line of real code costs about 11 nats (SmolLM2): a floor of 3 would hide them all,
+    broken_cost=3.0,                                         # and chance may win back more than half a nat
     time_limit=3.0,                                          # a young policy's endless loops would take the sandbox longer than all the rest
     experts=8192,                                            # 200 updates of 64 programs read them one and a half times
     e_rollouts=4, e_programs=32,                             # as many rollouts as the world's, on more programs: real ones differ more
