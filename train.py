@@ -164,7 +164,7 @@ REAL = dict(
     eval_problems=400,                                       # a standard error of 2.5 points at most; two of the last hundred have very long prompts
     context=1536, row_tokens=1536,                           # LeetCode's longest prompt, 2,100 characters, and the answer; packed rows are filled
     max_new_tokens=512,                                      # 99 in 100 of LeetCode's solutions have at most 1,500 characters
-    max_rationale=64, max_comments=4,                        # a sentence or two, in a block; of SmolLM2's comments a third go on in a second line
+    max_rationale=64, max_comments=4,                        # a sentence or two; a quarter of SmolLM2's comments go on in a second line
     horizon=16,                                              # real blocks are longer than the world's loops of 5 lines
     floor=math.inf,                                          # a line of real code costs about 11 nats (SmolLM2): a floor of 3 would hide them all,
     broken_cost=3.0,                                         # and chance may win back more than half a nat
