@@ -118,7 +118,8 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     if mode == "never" or not rows:
         return [p.trace() for p in programs]
     # Room for a rationale: its tokens, and a closing that had to be forced.
-    need = {id(p): max_rationale + 1 + max(len(enc.encode_ordinary(c)) for c in set(p.closings)) for p in programs}
+    closing = {c: len(enc.encode_ordinary(c)) for c in {c for p in programs for c in p.closings}}
+    need = {id(p): max_rationale + 1 + max(closing[c] for c in p.closings) for p in programs}
     size = min(cfg.context, max(len(p) + (1 if mode == "first" else len(p.lines)) * need[id(p)] for p in programs))
     distinct = {p: n for n, p in enumerate(dict.fromkeys(map(id, programs)))}
     slots = [distinct[id(p)] for p in programs]                 # a row's place in the cache: versions of a program begin alike, and share it

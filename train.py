@@ -138,12 +138,12 @@ class Settings:
         need(self.rl_group >= 2, "rl_group", "a group needs at least 2 samples")
         need(self.experts >= max(self.e_programs, self.m_programs), "experts", "one update takes more; lower --e-programs and --m-programs too")
         need(self.rl_pool >= self.rl_problems, "rl_pool", "one update takes more; lower --rl-problems too")
-        for name in ("c", "beta", "floor", "broken_cost", "e_anchor", "kl", "clip_low", "clip_high", "time_limit"):
+        for name in ("c", "beta", "floor", "broken_cost", "e_anchor", "kl", "clip_low", "clip_high"):
             need(getattr(self, name) >= 0, name, "a penalty or weight is not negative")
         need(0 < self.p_think < 1, "p_think", "a probability strictly between 0 and 1 is needed")
         need(0 <= self.explore < 1, "explore", "a share below 1 is needed; to think everywhere, use --rationales always")
         need(bool(self.warm_data) == (self.warm_steps > 0), "warm_steps", "--warm-data and --warm-steps go together")
-        need(self.time_limit < 3600, "time_limit", "an hour is too long")
+        need(0 <= self.time_limit < 3600, "time_limit", "0, or seconds within an hour")
         need(0 < self.gamma <= 1, "gamma", "a discount lies in (0, 1]")
         need(self.rationales in estep.MODES, "rationales", f"expected one of {', '.join(estep.MODES)}")
         need(self.ablations in ("", "all") or set(self.ablations.split(",")) <= set(ABLATIONS), "ablations", f"expected all, or some of {', '.join(ABLATIONS)}")
@@ -196,13 +196,18 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def predict(s: Settings, cfg: GPTConfig, shards: int = 1) -> dict[str, dict[str, float]]:
-    """Phase -> term -> predicted bytes on a GPU (`model.memory`), for micro-batches whose sequences are all as long as can be."""
+def worst(s: Settings, cfg: GPTConfig) -> dict[str, tuple[int, int, bool]]:
+    """Phase -> rows and length of its largest micro-batch, all sequences as long as can be; is there a frozen copy of the weights beside?"""
     longest = min(s.context, cfg.context)
     group = max(s.micro_batch // s.e_rollouts, 1) * s.e_rollouts                  # the E-step keeps a program's versions together
+    return {"sampling": (s.sample_batch, longest, True), "estep": (group, longest, True), "mstep": (s.micro_batch, longest, False),
+            "rlvr": (s.micro_batch, longest, s.kl > 0)}
+
+
+def predict(s: Settings, cfg: GPTConfig, shards: int = 1) -> dict[str, dict[str, float]]:
+    """Phase -> term -> predicted bytes on a GPU (`model.memory`), for the micro-batches of `worst`."""
     how = dict(precision="bfloat16" if s.offload else "autocast", recompute=s.checkpoint_blocks, shards=shards)
-    return {phase: memory(cfg, phase, rows=rows, length=longest, frozen=frozen, **how) for phase, rows, frozen in (
-        ("sampling", s.sample_batch, True), ("estep", group, True), ("mstep", s.micro_batch, False), ("rlvr", s.micro_batch, s.kl > 0))}
+    return {phase: memory(cfg, phase, rows=rows, length=length, frozen=frozen, **how) for phase, (rows, length, frozen) in worst(s, cfg).items()}
 
 
 def print_memory(s: Settings):

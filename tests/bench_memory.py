@@ -22,22 +22,11 @@ import estep  # noqa: E402
 import mstep  # noqa: E402
 import rlvr  # noqa: E402
 import train  # noqa: E402
-from elbo import ACTION, FREE, PROMPT, Trace  # noqa: E402
 from model import GPT, SHAPES, generate  # noqa: E402
+from test_scale import openers, traces  # noqa: E402
 
 
-def programs(rows: int, length: int, vocab: int) -> list[Trace]:
-    """Random programs in lines of 9 tokens, a decision point before each; about 9 in 10 tokens are scored, more than in real ones."""
-    out = []
-    for ids in torch.randint(50, vocab, (rows, length + 1), generator=torch.Generator().manual_seed(0)).tolist():
-        out.append(Trace())
-        out[-1].add(ids[:length // 10], PROMPT)
-        for t, line in enumerate(elbo.chunks(ids[length // 10:], 9)):
-            out[-1].add(line, ACTION, t, FREE)
-    return out
-
-
-def measure(run: train.Run, phase: str, rows: int, length: int) -> tuple[float, float, float]:
+def measure(run: train.Run, phase: str, rows: int, length: int, frozen: bool) -> tuple[float, float, float]:
     """Allocated and reserved GB at the worst moment, and tokens per second: of a training step, or of decoding with a full cache."""
     s, cfg = run.s, SHAPES[run.s.model]
     with run.device:
@@ -45,18 +34,18 @@ def measure(run: train.Run, phase: str, rows: int, length: int) -> tuple[float, 
     if s.offload:
         model = model.bfloat16()
     model.grad_checkpoint = s.checkpoint_blocks
-    openers = torch.arange(cfg.vocab_size, device=run.device) < 50
-    frozen = copy.deepcopy(model).requires_grad_(False) if phase in ("estep", "sampling") or s.kl else None
+    opening = openers(cfg.vocab_size).to(run.device)
+    pi = copy.deepcopy(model).requires_grad_(False) if frozen else None
     optimizer = run.optimizer(torch.optim.Adam, model)
-    traces = programs(rows, length, cfg.vocab_size)
+    programs = traces(rows, length + 1, cfg.vocab_size, prompt=length // 10)     # 9 in 10 tokens are scored, more than in real ones
 
     def losses():
         for _ in range(2):
-            part = traces[:1] if phase == "sampling" else traces
+            part = programs[:1] if phase == "sampling" else programs
             batch = mstep.packed_batch(part, [[i] for i in range(rows)], run.device) if phase == "mstep" else elbo.collate(part, run.device)
             with run.autocast():
                 if phase == "estep":
-                    gate, token, _, anchor = estep.compare(model, frozen, batch, openers)
+                    gate, token, _, anchor = estep.compare(model, pi, batch, opening)
                     yield -elbo.log_q(gate, token, batch).sum() + anchor
                 else:
                     yield mstep.loss(model, batch) if phase == "mstep" else -rlvr.token_logprobs(model, batch).sum()
@@ -67,7 +56,7 @@ def measure(run: train.Run, phase: str, rows: int, length: int) -> tuple[float, 
 
     def answers(new: int):
         with run.autocast():
-            generate(model, [t.tokens[:length - 16] for t in traces], max_new_tokens=new, seeds=list(range(rows)), stop_ids=(), batch_size=rows)
+            generate(model, [t.tokens[:length - 16] for t in programs], max_new_tokens=new, seeds=list(range(rows)), stop_ids=(), batch_size=rows)
         torch.cuda.synchronize()
 
     def seconds(work, *args) -> float:
@@ -96,16 +85,15 @@ def main():
     for name in sys.argv[1:] or [n for n, p in train.PRESETS.items() if p.get("model") in SHAPES and not p.get("shard")]:
         s = train.parse_flags(["--preset", name])
         cfg = SHAPES[s.model]
-        length, group = min(s.context, cfg.context), max(s.micro_batch // s.e_rollouts, 1) * s.e_rollouts
-        for phase, terms in train.predict(s, cfg).items():
-            rows = {"sampling": s.sample_batch, "estep": group}.get(phase, s.micro_batch)
+        predicted = train.predict(s, cfg)
+        for phase, (rows, length, frozen) in train.worst(s, cfg).items():
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    allocated, reserved, speed = measure(train.Run(s, Path(folder), 0), phase, rows, length)
+                    allocated, reserved, speed = measure(train.Run(s, Path(folder), 0), phase, rows, length, frozen)
                     cells = [f"{allocated:.1f}", f"{reserved:.1f}", f"{speed:,.0f}"]
                 except torch.OutOfMemoryError:
                     cells = ["out of memory", "-", "-"]
-            print("| " + " | ".join([name, phase, f"{rows} x {length}", f"{terms['total'] / 1e9:.1f}", *cells]) + " |", flush=True)
+            print("| " + " | ".join([name, phase, f"{rows} x {length}", f"{predicted[phase]['total'] / 1e9:.1f}", *cells]) + " |", flush=True)
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -71,13 +71,13 @@ def test_recomputed_blocks_outlive_a_stage_and_change_no_gradient(tmp_path):
 # ------------------------------------------------------------------------------------------------------- logits, in parts
 
 
-def traces(rows: int, length: int, vocab: int) -> list[Trace]:
-    """Random programs of lines of 9 tokens, a decision point before each."""
+def traces(rows: int, length: int, vocab: int, prompt: int = 1) -> list[Trace]:
+    """Random programs: a prompt, then lines of 9 tokens, a decision point before each."""
     out = []
     for ids in torch.randint(50, vocab, (rows, length), generator=torch.Generator().manual_seed(0)).tolist():
         out.append(Trace())
-        out[-1].add(ids[:1], PROMPT)
-        for t, line in enumerate(elbo.chunks(ids[1:], 9)):
+        out[-1].add(ids[:prompt], PROMPT)
+        for t, line in enumerate(elbo.chunks(ids[prompt:], 9)):
             out[-1].add(line, ACTION, t, FREE)
     return out
 
