@@ -289,7 +289,7 @@ def e_step(run, stage: str, model: GPT, data):
             with run.autocast():
                 traces += rollout(actor, data.enc, [data.experts[i] for i, _ in part], [run.draw(stage, step, i, k) for i, k in part],
                                   data.openers, max_rationale=s.max_rationale, max_comments=s.max_comments, mode=s.rationales, explore=s.explore)
-        stats = np.zeros(6)
+        stats = np.zeros(7)
 
         def micro_batches():
             # Whole groups stay together, because a version's baseline is made of the others.
@@ -304,13 +304,13 @@ def e_step(run, stage: str, model: GPT, data):
                                       p_think=s.p_think, broken_cost=s.broken_cost, floor=s.floor)                     # (B, L)
                 G = returns(r, s.horizon, s.gamma).view(-1, s.e_rollouts, L)                            # (P, K, L)
                 A = advantages(G).view(-1, L)
-                stats[:] += [x.sum().item() for x in (r, loglik, batch.line.amax(1) + 1, think, broken, batch.kind == LATENT)]
+                stats[:] += [x.sum().item() for x in (r, loglik, batch.line.amax(1) + 1, think, broken, batch.kind == LATENT, A[think])]
                 yield reinforce_loss(elbo.log_q(gate, token, batch), A, batch) + s.e_anchor * anchor
 
         norm = run.update(model, optimizer, micro_batches(), len(traces))
-        reward, loglik, lines, thinks, broken, latents = run.sum(*stats)
+        reward, loglik, lines, thinks, broken, latents, gain = run.sum(*stats)
         run.log(phase=stage, step=step, reward=reward / lines, loglik=loglik / lines, think=thinks / lines,
-                broken=broken / max(thinks, 1), length=latents / max(thinks, 1), grad_norm=norm,
+                broken=broken / max(thinks, 1), length=latents / max(thinks, 1), advantage=gain / max(thinks, 1), grad_norm=norm,
                 show=f"reward {reward / lines:+.3f} think {thinks / lines:.0%}")
 
 
@@ -353,7 +353,8 @@ def shuffled(enc: tiktoken.Encoding, programs: list[Program], infused: list[Trac
 @torch.no_grad()
 def rationale_gain(run, pi: GPT, data, programs: list[Program], infused: list[Trace]) -> dict:
     """What rationales are worth to pi at the lines before which they stand: nats per line without them, with them, and with those of
-    another program (`shuffled`); `gain` and `gain_shuffled` are the means of the differences from without, each with its standard error.
+    another program (`shuffled`). `gain` and `gain_shuffled` are the means of the differences from without, `gain_own` that of the program's
+    own from another's, each with its standard error.
     """
     pi = run.use(pi)
     variants = [[p.trace() for p in programs], infused, shuffled(data.enc, programs, infused, run.draw("shuffled"))]
@@ -372,7 +373,7 @@ def rationale_gain(run, pi: GPT, data, programs: list[Program], infused: list[Tr
     if not len(rows):
         return dict(lines=0)
     out = dict(lines=len(rows), **dict(zip(("without", "with", "shuffled"), rows.mean(0).tolist())))
-    for name, column in (("gain", 1), ("gain_shuffled", 2)):
-        d = rows[:, 0] - rows[:, column]
+    for name, a, b in (("gain", 0, 1), ("gain_shuffled", 0, 2), ("gain_own", 2, 1)):
+        d = rows[:, a] - rows[:, b]
         out |= {name: float(d.mean()), f"{name}_se": float(d.std() / len(d) ** 0.5)}
     return out

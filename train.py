@@ -816,18 +816,21 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     if res.value("cost/estep", "seconds"):
         plot(folder / "estep_reward.png", "E-step reward", "nats per line", {"reward": res.curve("estep", "reward")})
         plot(folder / "estep_think.png", "Think rate in the E-step", "share of lines", {"all lines": res.curve("estep", "think")})
-        text += ["", "## Figure 1: the E-step", "", "![reward](estep_reward.png) ![think rate](estep_think.png)", ""]
+        # The reward depends on which programs were drawn; this does not: they are the same in all versions.
+        plot(folder / "estep_advantage.png", "What thinking earns", "nats over the other versions' return", {"rationales": res.curve("estep", "advantage")})
+        text += ["", "## Figure 1: the E-step", "", "![reward](estep_reward.png) ![think rate](estep_think.png) ![advantage of thinking](estep_advantage.png)", ""]
     think = {k: percent(res.value("rationales", k)) for k in ("think", "think_needed", "think_other")}
     text += [f"Held-out programs, infused by q: a rationale before {think['think']}% of lines; {think['think_needed']}% where a computation "
              f"is needed, {think['think_other']}% elsewhere.", "", "| line | lines | think |", "|---|---|---|"]
     text += [f"| `{form}` | {n} | {z:.0%} |" for form, (n, z) in res.value("rationales", "forms")[0].items()]
     if any(res.value("gain/estep", "lines")):
         text += ["", "What a rationale is worth at the line before which it stands, to the model that the E-step started from (held-out programs, first seed):", "",
-                 "| rationales by | lines | nats per line: without | with | with another program's | gain | gain of another's |", "|---|---|---|---|---|---|---|"]
+                 "| rationales by | lines | nats per line: without | with | with another program's | gain | gain of another's | own over another's |",
+                 "|---|---|---|---|---|---|---|---|"]
         for writer, label in (("start", "the start"), ("estep", "q after the E-step")):
             for g in (r for r in res.logs[0] if r.get("key") == f"gain/{writer}" and r["lines"]):
                 text.append(f"| {label} | {g['lines']} | {g['without']:.3f} | {g['with']:.3f} | {g['shuffled']:.3f} | "
-                            f"{g['gain']:+.3f} ± {g['gain_se']:.3f} | {g['gain_shuffled']:+.3f} ± {g['gain_shuffled_se']:.3f} |")
+                            + "".join(f"{g[k]:+.3f} ± {g[k + '_se']:.3f} | " for k in ("gain", "gain_shuffled", "gain_own")).rstrip())
                 numbers[f"gain {writer}"] = round(g["gain"], 4)
     text += ["", "## Figure 2: programs before and after infusion", ""]
     for before, after in res.value("rationales", "programs")[0][:4]:

@@ -1,6 +1,8 @@
 """The E-step: the batched sampler against line-by-line decoding, the estimator against the exact gradient by enumeration."""
 import copy
+import math
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -345,7 +347,32 @@ def test_the_gain_of_a_rationale_is_that_of_the_likelihoods(enc, tmp_path):
     none = [line_nll(p.trace(), i) for t in infused for i, z in enumerate(t.thinks()) if z]
     assert got["lines"] == len(own) > 5 and got["with"] == pytest.approx(np.mean(own)) and got["without"] == pytest.approx(np.mean(none))
     assert got["gain"] == pytest.approx(np.mean(none) - np.mean(own)) and got["gain_se"] > 0
+    assert got["gain_own"] == pytest.approx(got["gain"] - got["gain_shuffled"])
     assert estep.rationale_gain(run, model, data, [p], [p.trace()]) == {"lines": 0}
+
+
+def test_the_advantage_that_is_logged_is_that_of_the_lines_with_rationales(enc, tmp_path):
+    """Against the definition: a version's return at a line minus the mean of the others' there, for a reward of likelihood and c alone."""
+    model, openers, p = tiny(3), elbo.opener_mask(enc), program(enc)
+    s = train.Settings(e_steps=1, e_programs=2, e_rollouts=5, experts=64, max_rationale=MAX, explore=0.5, c=0.3, beta=0.0, broken_cost=0.0,
+                       floor=math.inf, horizon=2, gamma=0.5, micro_batch=5)
+    run, data = train.Run(s, tmp_path, 0), SimpleNamespace(enc=enc, openers=openers, experts=[p, elbo.parse(enc, "a\n", "xx\na\nx\n", EOS)])
+    pi, old = copy.deepcopy(model), []
+    sampled = estep.rollout
+
+    def spy(*args, **how):
+        old.extend(sampled(*args, **how))
+        return old[:]
+    with mock.patch.object(estep, "rollout", spy):
+        estep.e_step(run, "estep", model, data)
+    G = []
+    for t in old:
+        batch, n = elbo.collate([t]), max(t.line) + 1
+        loglik = elbo.by_line(elbo.log_pi(elbo.score(elbo.logits_of(pi, batch), batch, openers)[1], batch), batch, n)[0].tolist()
+        r = [x - 0.3 * z for x, z in zip(loglik, t.thinks())]
+        G.append([x + 0.5 * y for x, y in zip(r, [*r[1:], 0.0])])
+    want = [G[k][i] - np.mean([G[j][i] for j in range(k - k % 5, k - k % 5 + 5) if j != k]) for k, t in enumerate(old) for i, z in enumerate(t.thinks()) if z]
+    assert len(want) > 3 and run.records[-1]["advantage"] == pytest.approx(np.mean(want), abs=1e-4)
 
 
 def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
