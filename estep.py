@@ -18,9 +18,12 @@ Where this departs from the paper, or where the paper is silent:
  2. Rewards are sums over a line's tokens, in nats, as in Theorem 3.1; the paper's c = 0.05 seems to go with means per token.
  3. A line's reward is cut off at -`floor` nats: the tail of rare, very wrong rationales makes most of the variance.
  4. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
- 5. One round of E-step and M-step, on one draw of latents per program; the M-step goes on from q's weights.
+ 5. One round of E-step and M-step unless `rounds` says otherwise, on one draw of latents per program; the M-step goes on from q's weights.
  6. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a longer, empty or unclosed one is
     closed by force and pays for it.
+
+`run` is train.Run throughout, the plumbing: `steps` yields the updates still to do, `draw` names a random draw, `mine` and `sum` are for
+several ranks, `update` takes one optimizer step on a sum of losses.
 """
 import copy
 
@@ -35,7 +38,8 @@ import elbo
 from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, Trace, chunks
 from model import GPT, Decoder, KVCache, pad, pick
 
-MODES = ("learned", "always", "first", "never")     # who decides where to think: q; everywhere; before line 0 only; nowhere
+# Who decides where to think: q; everywhere; before line 0 only; nowhere. What is not q's decision is one comment line, whatever `max_comments` allows.
+MODES = ("learned", "always", "first", "never")
 
 
 class _Rollout:
@@ -60,15 +64,15 @@ class _Rollout:
         """
         start = self.t
         while self.t < len(self.program.lines):
-            mode = how if room + self.spent >= 0 else "never"
-            gate = FORCED if self.forced or mode == "never" or (mode == "first" and self.t) else FREE
-            p = p_open[self.t - start]
-            if mode == "always" or (mode == "first" and not self.t):
+            fits = room + self.spent >= 0
+            if self.forced or not fits or how == "never" or (how == "first" and self.t):
+                p, gate = 0.0, FORCED                               # the line must follow
+            elif how in ("always", "first"):
                 p, gate = (0.0 if self.comments else 1.0), FORCED
-            if self.forced or (gate == FORCED and p < 1.0):
-                p = 0.0
-            elif explore and gate == FREE and not self.comments and self.rng.random() < explore:
+            elif explore and not self.comments and self.rng.random() < explore:
                 p, gate = 1.0, FORCED
+            else:
+                p, gate = p_open[self.t - start], FREE
             if p > 0.0 and self.rng.random() < p:
                 return gate
             self.trace.add(self.program.lines[self.t], ACTION, self.t, gate)
@@ -211,6 +215,17 @@ def advantages(G: Tensor) -> Tensor:
     return (G - G.mean(1, keepdim=True)) * K / (K - 1)
 
 
+def uplift(G: Tensor, think: Tensor) -> tuple[Tensor, Tensor]:
+    """What thinking earns: the mean return of the versions that think before a line minus that of those that do not, wherever there are both.
+
+    G, think: (P, K, L). Returns its sum over such lines, and their number.
+    """
+    n, K = think.sum(1), think.shape[1]                                                                 # (P, L)
+    both = (n > 0) & (n < K)
+    gap = (G * think).sum(1) / n - (G * ~think).sum(1) / (K - n)
+    return gap[both].sum(), both.sum()
+
+
 def decisions(traces: list[Trace], n_lines: int, device=None) -> tuple[Tensor, Tensor]:
     """Where a rationale stands and where it breaks the format: two (B, L) bool tensors."""
     think = torch.zeros(len(traces), n_lines, dtype=torch.bool)
@@ -289,7 +304,7 @@ def e_step(run, stage: str, model: GPT, data):
             with run.autocast():
                 traces += rollout(actor, data.enc, [data.experts[i] for i, _ in part], [run.draw(stage, step, i, k) for i, k in part],
                                   data.openers, max_rationale=s.max_rationale, max_comments=s.max_comments, mode=s.rationales, explore=s.explore)
-        stats = np.zeros(7)
+        stats = np.zeros(8)
 
         def micro_batches():
             # Whole groups stay together, because a version's baseline is made of the others.
@@ -304,13 +319,13 @@ def e_step(run, stage: str, model: GPT, data):
                                       p_think=s.p_think, broken_cost=s.broken_cost, floor=s.floor)                     # (B, L)
                 G = returns(r, s.horizon, s.gamma).view(-1, s.e_rollouts, L)                            # (P, K, L)
                 A = advantages(G).view(-1, L)
-                stats[:] += [x.sum().item() for x in (r, loglik, batch.line.amax(1) + 1, think, broken, batch.kind == LATENT, A[think])]
+                stats[:] += [x.sum().item() for x in (r, loglik, batch.line.amax(1) + 1, think, broken, batch.kind == LATENT, *uplift(G, think.view(G.shape)))]
                 yield reinforce_loss(elbo.log_q(gate, token, batch), A, batch) + s.e_anchor * anchor
 
         norm = run.update(model, optimizer, micro_batches(), len(traces))
-        reward, loglik, lines, thinks, broken, latents, gain = run.sum(*stats)
+        reward, loglik, lines, thinks, broken, latents, up, compared = run.sum(*stats)
         run.log(phase=stage, step=step, reward=reward / lines, loglik=loglik / lines, think=thinks / lines,
-                broken=broken / max(thinks, 1), length=latents / max(thinks, 1), advantage=gain / max(thinks, 1), grad_norm=norm,
+                broken=broken / max(thinks, 1), length=latents / max(thinks, 1), uplift=up / max(compared, 1), grad_norm=norm,
                 show=f"reward {reward / lines:+.3f} think {thinks / lines:.0%}")
 
 
@@ -354,26 +369,37 @@ def shuffled(enc: tiktoken.Encoding, programs: list[Program], infused: list[Trac
 def rationale_gain(run, pi: GPT, data, programs: list[Program], infused: list[Trace]) -> dict:
     """What rationales are worth to pi at the lines before which they stand: nats per line without them, with them, and with those of
     another program (`shuffled`). `gain` and `gain_shuffled` are the means of the differences from without, `gain_own` that of the program's
-    own from another's, each with its standard error.
+    own from another's, each with its standard error over programs.
     """
     pi = run.use(pi)
     variants = [[p.trace() for p in programs], infused, shuffled(data.enc, programs, infused, run.draw("shuffled"))]
     fits = [v for v in zip(*variants) if max(len(t.tokens) for t in v) <= pi.config.context]        # another's rationale may be longer
-    rows = []                                       # (without, with, shuffled) of every line that has a rationale
-    for part in chunks(run.mine(fits), run.s.micro_batch):
-        think, _ = decisions([own for _, own, _ in part], max(max(own.line) for _, own, _ in part) + 1)     # (B, L)
-        columns = []
-        for traces in zip(*part):
+    rows = []                                       # (program, without, with, shuffled) of every line that has a rationale
+    for part in chunks(run.mine(list(enumerate(fits))), run.s.micro_batch):
+        think, _ = decisions([own for _, (_, own, _) in part], max(max(own.line) for _, (_, own, _) in part) + 1)       # (B, L)
+        columns = [torch.tensor([n for n, _ in part])[:, None].expand(think.shape)[think]]                  # (N,)
+        for traces in zip(*(variants for _, variants in part)):
             batch = elbo.collate(list(traces), run.device)
             with run.autocast():
                 _, token = elbo.score(elbo.logits_of(pi, batch), batch, data.openers)
             columns.append(-elbo.by_line(elbo.log_pi(token, batch), batch, think.shape[1]).cpu()[think])    # (N,)
         rows += torch.stack(columns, 1).tolist()
-    rows = np.array([r for part in run.gather_lists(rows) for r in part]).reshape(-1, 3)
+    rows = np.array([r for part in run.gather_lists(rows) for r in part]).reshape(-1, 4)
     if not len(rows):
         return dict(lines=0)
-    out = dict(lines=len(rows), **dict(zip(("without", "with", "shuffled"), rows.mean(0).tolist())))
+    program, nats = rows[:, 0].astype(int), rows[:, 1:]
+    out = dict(lines=len(rows), **dict(zip(("without", "with", "shuffled"), nats.mean(0).tolist())))
     for name, a, b in (("gain", 0, 1), ("gain_shuffled", 0, 2), ("gain_own", 2, 1)):
-        d = rows[:, a] - rows[:, b]
-        out |= {name: float(d.mean()), f"{name}_se": float(d.std() / len(d) ** 0.5)}
+        mean, se = mean_by_cluster(nats[:, a] - nats[:, b], program)
+        out |= {name: mean, f"{name}_se": se}
     return out
+
+
+def mean_by_cluster(values: np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
+    """The mean of `values` (n,) and its standard error where those of one cluster (n,) may depend on each other; nan for one cluster.
+
+    Lines of one program share the rationales before them: to take them as independent would make the error too small.
+    """
+    sums = np.bincount(cluster, values - values.mean())             # 0 for clusters without values, which do not count
+    m = len(np.unique(cluster))
+    return float(values.mean()), float((sums @ sums * m / (m - 1)) ** 0.5 / len(values)) if m > 1 else float("nan")

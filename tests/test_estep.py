@@ -346,13 +346,14 @@ def test_the_gain_of_a_rationale_is_that_of_the_likelihoods(enc, tmp_path):
     own = [line_nll(t, i) for t in infused for i, z in enumerate(t.thinks()) if z]
     none = [line_nll(p.trace(), i) for t in infused for i, z in enumerate(t.thinks()) if z]
     assert got["lines"] == len(own) > 5 and got["with"] == pytest.approx(np.mean(own)) and got["without"] == pytest.approx(np.mean(none))
-    assert got["gain"] == pytest.approx(np.mean(none) - np.mean(own)) and got["gain_se"] > 0
+    apart, which = np.subtract(none, own), np.array([n for n, t in enumerate(infused) for z in t.thinks() if z])
+    assert (got["gain"], got["gain_se"]) == pytest.approx(estep.mean_by_cluster(apart, which))
     assert got["gain_own"] == pytest.approx(got["gain"] - got["gain_shuffled"])
     assert estep.rationale_gain(run, model, data, [p], [p.trace()]) == {"lines": 0}
 
 
-def test_the_advantage_that_is_logged_is_that_of_the_lines_with_rationales(enc, tmp_path):
-    """Against the definition: a version's return at a line minus the mean of the others' there, for a reward of likelihood and c alone."""
+def test_what_thinking_earns_is_logged(enc, tmp_path):
+    """Against the definition: return with a rationale minus return without, at the lines with both, for a reward of likelihood and c alone."""
     model, openers, p = tiny(3), elbo.opener_mask(enc), program(enc)
     s = train.Settings(e_steps=1, e_programs=2, e_rollouts=5, experts=64, max_rationale=MAX, explore=0.5, c=0.3, beta=0.0, broken_cost=0.0,
                        floor=math.inf, horizon=2, gamma=0.5, micro_batch=5)
@@ -371,8 +372,23 @@ def test_the_advantage_that_is_logged_is_that_of_the_lines_with_rationales(enc, 
         loglik = elbo.by_line(elbo.log_pi(elbo.score(elbo.logits_of(pi, batch), batch, openers)[1], batch), batch, n)[0].tolist()
         r = [x - 0.3 * z for x, z in zip(loglik, t.thinks())]
         G.append([x + 0.5 * y for x, y in zip(r, [*r[1:], 0.0])])
-    want = [G[k][i] - np.mean([G[j][i] for j in range(k - k % 5, k - k % 5 + 5) if j != k]) for k, t in enumerate(old) for i, z in enumerate(t.thinks()) if z]
-    assert len(want) > 3 and run.records[-1]["advantage"] == pytest.approx(np.mean(want), abs=1e-4)
+    want = []
+    for k in range(0, len(old), 5):
+        for i in range(len(G[k])):
+            with_, without = ([G[j][i] for j in range(k, k + 5) if old[j].thinks()[i] == z] for z in (True, False))
+            want += [np.mean(with_) - np.mean(without)] if with_ and without else []
+    assert len(want) > 2 and run.records[-1]["uplift"] == pytest.approx(np.mean(want), abs=1e-4)
+
+
+def test_a_standard_error_over_programs():
+    """One value a program: the textbook's. The same value many times in a program is one value; independent groups of equal size: that of their means."""
+    x = np.random.default_rng(0).normal(size=12)
+    mean, se = estep.mean_by_cluster(x, np.arange(12) * 3)
+    assert (mean, se) == (pytest.approx(x.mean()), pytest.approx(x.std(ddof=1) / 12 ** 0.5))
+    assert estep.mean_by_cluster(np.repeat(x, 7), np.repeat(np.arange(12), 7)) == (pytest.approx(mean), pytest.approx(se))
+    groups = x.reshape(4, 3).mean(1)
+    assert estep.mean_by_cluster(x, np.repeat(np.arange(4), 3))[1] == pytest.approx(groups.std(ddof=1) / 2)
+    assert math.isnan(estep.mean_by_cluster(x, np.zeros(12, int))[1])
 
 
 def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):

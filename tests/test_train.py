@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     text = (folder / "report.md").read_text()
     for part in ("Figure 1", "Figure 2", "Figures 3 and 4", "Figure 5", "| RA3 + RLVR |"):
         assert part in text
-    for figure in ("estep_reward", "estep_think", "estep_advantage", "mstep_nll", "mid_accuracy", "rlvr"):
+    for figure in ("estep_reward", "estep_think", "estep_uplift", "mstep_nll", "mid_accuracy", "rlvr"):
         assert (folder / f"{figure}.png").stat().st_size > 1000 and f"{figure}.png" in text
     for stage in STAGES:
         model, enc = load_pretrained(folder / "seed0" / stage)            # with its tokenizer: it can be sampled from, here and elsewhere
