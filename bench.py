@@ -608,11 +608,6 @@ def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "",
     return out
 
 
-def demonstrations(name: str, data_dir=None) -> list[Problem]:
-    """Problems with an expert's solution: "leetcode:train" or "mbpp-docstring:train", whose tests serve RLVR as well."""
-    return [p for p in load(name, data_dir) if p.solution]
-
-
 # Programs that know nothing of the problem: what such a one passes teaches nothing, or teaches it in place of programming.
 VALUES = ("None", "True", "False", "0", "1", "-1", "''", "[]", "()", "{}", "args[0]", "args[1]", "args[-1]")
 PRINTED = ("", "print(0)", "print(1)", "print(-1)", "print('YES')", "print('NO')", "print('Yes')", "print('No')", "print(input())",
@@ -631,8 +626,8 @@ def trivial_programs(p: Problem) -> dict[str, str]:
     return {f"return {value}": "".join(answer(name, value) for name in p.names) for value in VALUES}
 
 
-def fit_for_rl(problems: list[Problem], box: Sandbox) -> tuple[list[Problem], dict[str, str]]:
-    """The problems whose reference (where there is one) passes and no trivial program does; and {id: why} of the others."""
+def unfit_for_rl(problems: list[Problem], box: Sandbox) -> dict[str, str]:
+    """{id: why} of the problems whose reference (where there is one) fails, or which a trivial program passes."""
     have = [p for p in problems if p.solution]
     out = {p.id: f"its reference fails: {v.kind}" for p, v in zip(have, judge(box, [p.job(p.solution) for p in have])) if not v.passed}
     left = {p.id: trivial_programs(p) for p in problems if p.id not in out}
@@ -642,7 +637,7 @@ def fit_for_rl(problems: list[Problem], box: Sandbox) -> tuple[list[Problem], di
             if v.passed:
                 out[p.id] = f"a trivial program passes: {what}"
         left = {i: programs for i, programs in left.items() if programs and i not in out}
-    return [p for p in problems if p.id not in out], out
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------- the command line

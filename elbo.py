@@ -44,13 +44,18 @@ NO_GATE, FREE, FORCED = 0, 1, 2        # not at a decision point; at one where q
 class Trace:
     """A token sequence with what each token is: the one record that every phase reads and writes.
 
-    tokens, kind, line, gate: lists of one length; `line` is -1 in the prompt. broken: lines whose rationale breaks the format.
+    tokens, kind, line, gate: lists of one length; `line` is -1 in the prompt (a closing that had to
+    be forced on a rationale is of kind PROMPT, but of that line). broken: lines whose rationale breaks the format.
     """
     tokens: list[int] = field(default_factory=list)
     kind: list[int] = field(default_factory=list)
     line: list[int] = field(default_factory=list)
     gate: list[int] = field(default_factory=list)
     broken: set[int] = field(default_factory=set)
+
+    def of(self, line: int, kind: int) -> list[int]:
+        """The tokens of one kind of one line: its rationale, or its action."""
+        return [x for x, k, n in zip(self.tokens, self.kind, self.line) if n == line and k == kind]
 
     def add(self, tokens: list[int], kind: int, line: int = -1, gate: int = NO_GATE):
         """Append tokens of one kind; `gate` says whether the first of them stands at a decision point."""
@@ -265,7 +270,7 @@ def score(logits: Tensor, batch: Batch, openers: Tensor) -> tuple[Tensor, Tensor
 
     logits: (N, V) of `logits_of`. Entry i speaks of token i + 1; prompts have 0. gate: log q(think) or log q(act) at decision points,
     0 elsewhere. token: log-probability of the token given its gate. So log q(z) sums both over LATENT tokens and the gate over ACTION
-    tokens; log pi(a | s, z) sums `token` over ACTION.
+    tokens, but for gates that were FORCED (`log_q`); log pi(a | s, z) sums `token` over ACTION.
     """
     target, where = batch.tokens[:, 1:][batch.scored], batch.gate[:, 1:][batch.scored] != NO_GATE        # (N,) each
     logp = -F.cross_entropy(logits.float(), target, reduction="none")                                    # (N,)

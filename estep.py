@@ -351,8 +351,7 @@ def shuffled(enc: tiktoken.Encoding, programs: list[Program], infused: list[Trac
     said = []                                       # (program, the comment lines of its rationale)
     for i, trace in enumerate(infused):
         for t, z in enumerate(trace.thinks()):
-            latent = [x for x, kind, line in zip(trace.tokens, trace.kind, trace.line) if line == t and kind == LATENT]
-            said += [(i, [line.strip() for line in enc.decode(latent).split("\n") if line.strip()])] if z else []
+            said += [(i, [line.strip() for line in enc.decode(trace.of(t, LATENT)).split("\n") if line.strip()])] if z else []
     rng, out = np.random.default_rng(seed), []
     for i, (program, trace) in enumerate(zip(programs, infused, strict=True)):
         others = [comments for j, comments in said if j != i] or [comments for _, comments in said]

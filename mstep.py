@@ -77,7 +77,10 @@ def loss(model, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def action_nll(model, batch: Batch, openers: Tensor) -> tuple[float, int]:
-    """-sum of log pi(a_t | s_t, z_t) over action tokens, in nats, and their number: the same tokens with and without latents."""
+    """-sum of log pi(a_t | s_t, z_t) over action tokens, in nats, and their number: the same tokens with and without latents.
+
+    A line's first token is scored given that it is no comment, for NTP as for RA3: a little less than the usual loss of NTP.
+    """
     _, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
     actions = batch.kind[:, 1:] == ACTION
     return -elbo.log_pi(token, batch).sum().item(), int(actions.sum())
@@ -217,7 +220,7 @@ class Corpus:
 def parse_all(s, model: GPT, enc, name: str, texts, least: int) -> list[Program]:
     """Programs of (where, prompt, solution), those that fit the model's context with room for a rationale.
 
-    Raises ValueError for a text that is not Python, or if fewer than `least` fit.
+    Raises ValueError for a text that is not Python, if there are fewer than `least`, or if fewer than that fit.
     """
     out, n, room = [], 0, model.config.context - s.max_rationale
     for n, (where, prompt, solution) in enumerate(texts, 1):
@@ -226,6 +229,8 @@ def parse_all(s, model: GPT, enc, name: str, texts, least: int) -> list[Program]
         except ValueError as e:
             raise ValueError(f"{name}: {where}: {e}") from None
         out += [p] if len(p) <= room else []
+    if n < least:
+        raise ValueError(f"{name}: {n} programs are there, {least} are needed; give more, or lower --rounds, --experts, --e-programs or --m-programs")
     if len(out) < least:
         raise ValueError(f"{name}: {len(out)} of {n} programs fit the context with room for a rationale ({room} tokens), "
                          f"{least} are needed; give more or shorter programs, or a model with a longer context")
@@ -242,20 +247,23 @@ def read_experts(s, model: GPT, enc, n: int = 0, position: tuple[int, int] = (0,
 
     s: train.Settings. They are of the embedded world, of a benchmark with solutions, or of a corpus. Raises ValueError as `parse_all`.
     """
-    least = max(s.e_programs, s.m_programs)
+    least, name = max(s.e_programs, s.m_programs), s.data + (f", round {n + 1}" if n else "")
     if s.data == "world":
         return parse_all(s, model, enc, "world", solved(bench.world("train", s.experts, seed=100 * n)), s.experts), position
     if re.split("[,:@]", s.data)[0] in bench.SOURCES:
         problems = bench.load(s.data, s.data_dir or None, limit=(n + 1) * s.experts)[n * s.experts:]
-        return parse_all(s, model, enc, s.data, solved(problems), least), position
-    corpus = Corpus(s.data, s.column, limit=model.config.context - s.max_rationale, size=lambda text: len(encode_prompt(enc, text)) + 2,
-                    position=tuple(position))
+        return parse_all(s, model, enc, name, solved(problems), least), position
+    # A program takes two thirds of the context at most: the rest is for rationales.
+    corpus = Corpus(s.data, s.column, limit=2 * model.config.context // 3, size=lambda text: len(encode_prompt(enc, text)) + 2, position=tuple(position))
     texts = ((f"program {i}", "", text) for i, text in enumerate(islice(corpus, s.experts)))
-    return parse_all(s, model, enc, s.data, texts, least), corpus.position
+    return parse_all(s, model, enc, name, texts, least), corpus.position
 
 
-def read_commented(s, model: GPT, enc) -> list[Trace]:
-    """Programs with their authors' comments as latents, for a warm start: those with comments at `warm_density` of their lines at least."""
+def read_commented(s, model: GPT, enc) -> tuple[list[Trace], int]:
+    """Programs with their authors' comments as latents, for a warm start, and the number of rows of the corpus read for them.
+
+    They are those with comments at `warm_density` of their lines at least.
+    """
     corpus = Corpus(standard_library() if s.warm_data == "stdlib" else s.warm_data, s.warm_column, limit=s.row_tokens,
                     size=lambda text: len(encode_prompt(enc, text)) + 2, comments=True)
     traces = (elbo.parse_commented(enc, text, model.config.eos_id, s.max_rationale, s.max_comments) for text in corpus)
@@ -263,7 +271,8 @@ def read_commented(s, model: GPT, enc) -> list[Trace]:
     if len(out) < s.m_programs:
         raise ValueError(f"--warm-data {s.warm_data}: {len(out)} programs have comments at {s.warm_density:.0%} of their lines, "
                          f"{s.m_programs} are needed; lower --warm-density, or raise --row-tokens")
-    return out
+    row, documents = corpus.position
+    return out, row + bool(documents)
 
 
 # --------------------------------------------------------------------------------------------------------- the base model

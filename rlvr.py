@@ -5,7 +5,7 @@ The policy writes a group of programs for each problem, the sandbox runs them ag
     A_i   = r_i - mean(r of the group)                                    r_i = 1 if all tests pass, else 0
     loss  = - 1/N sum_{i, t} min( rho A_i, clip(rho, 1 - low, 1 + high) A_i ),     rho = pi(token) / pi_old(token)
 
-over the N sampled tokens of the whole step, all ranks and micro-batches counted.
+over the N sampled tokens of all groups that carry a signal, of all ranks and micro-batches: few such groups make a noisier step, not a smaller one.
 
 Details, and where they come from:
  1. Advantages have the mean subtracted only; dividing by the group's deviation favours problems that are nearly solved or

@@ -3,7 +3,7 @@
     python train.py                                         # the embedded world, one process
     torchrun --standalone --nproc-per-node=2 train.py       # the same on two: same draws, same global batches
     python train.py --seeds 5                               # five seeds, means and standard errors in the report
-    python train.py --ablations all --seeds 2               # figures 6 and 7: c, return horizon, persistence, BRiTE, no RL
+    python train.py --ablations all --seeds 2               # figure 6 and more: c, return horizon, persistence, BRiTE, no RL
     python train.py --pretrain out/base                     # makes the base model that the others start from
     python train.py --resume --name NAME                    # goes on where a killed run stopped
     python train.py --preset qwen2.5-1.5b --memory          # what a recipe for a real model needs; without --memory, runs it
@@ -61,7 +61,7 @@ class Settings:
     memory: bool = option(False, "print the memory that a GPU will need, and stop; needs no weights")
     resume: bool = option(False, "go on with the run called --name")
     threads: int = option(0, "CPU threads per process; 0: all cores, shared among the ranks (more only get in each other's way)")
-    ablations: str = option("", "variants of figures 6 and 7 to run instead of the main experiment: all, or some of ABLATIONS, such as c=0.2,BRiTE")
+    ablations: str = option("", "variants of figure 6 and more to run instead of the main experiment: all, or some of ABLATIONS, such as c=0.2,BRiTE")
     pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
     pretrain_tokens: int = option(7_000_000, "solution tokens of that: arithmetic appears after about 2M in a phase change")
     # data
@@ -157,8 +157,8 @@ class Settings:
 # the last two, measured (`tests/bench_memory.py`). What they reach has not been, and nothing in them is tuned: learning rates are the usual ones at these sizes.
 REAL = dict(
     data="codeparrot/codeparrot-clean", column="content",    # 5M Python files from GitHub, deduplicated; the hub serves them as a stream
-    warm_data="codeparrot/codeparrot-clean", warm_column="content", warm_steps=50,     # real bases hardly comment, and to no use: the README has
-    explore=0.1,                                             # the measurement on SmolLM2, where the warm-up and these forced gates both helped
+    warm_data="codeparrot/codeparrot-clean", warm_column="content", warm_steps=50,     # real bases hardly comment, and to no use (the README has
+    explore=0.1,                                             # SmolLM2's figures): without forced gates there would be nothing to learn from
     benchmark="mbpp-docstring",                              # held-out cross-entropy needs solutions, which LiveCodeBench lacks
     rl_data="leetcode:train", rl_pool=1024,
     eval_problems=400,                                       # a standard error of 2.5 points at most; two of the last hundred have very long prompts
@@ -212,12 +212,12 @@ def predict(s: Settings, cfg: GPTConfig, shards: int = 1) -> dict[str, dict[str,
 
 def print_memory(s: Settings):
     cfg = SHAPES.get(s.model) or read_config(find_model(s.model, "config.json"))
-    worst, gpus = 0.0, int(os.environ.get("WORLD_SIZE", 8)) if s.shard else 1
+    most, gpus = 0.0, int(os.environ.get("WORLD_SIZE", 8)) if s.shard else 1
     for phase, terms in predict(s, cfg, gpus).items():
-        worst = max(worst, terms["total"])
+        most = max(most, terms["total"])
         print(f"{phase:9}{terms['total'] / 1e9:6.1f} GB = " + " + ".join(f"{v / 1e9:.1f} {k}" for k, v in terms.items() if k != "total"))
-    verdicts = (f"{'fits' if worst <= ROOM * card else 'does not fit'} {card} GB" for card in (80, 24))
-    print(f"at most {worst / 1e9:.1f} GB on {f'each of {gpus} GPUs' if s.shard else 'a GPU'}: " + ", ".join(verdicts))
+    verdicts = (f"{'fits' if most <= ROOM * card else 'does not fit'} {card} GB" for card in (80, 24))
+    print(f"at most {most / 1e9:.1f} GB on {f'each of {gpus} GPUs' if s.shard else 'a GPU'}: " + ", ".join(verdicts))
 
 
 def parse_flags(argv: list[str] | None = None) -> Settings:
@@ -561,16 +561,27 @@ class Data:
     unfit: dict[str, str]                            # problems left out of RL, and why
 
 
-def load_data(s: Settings, model: GPT, enc, box: Sandbox) -> Data:
+def from_first(work):
+    """work() of the first rank, on all ranks: what a clock or a folder may answer otherwise elsewhere, and what need not be done twice."""
+    shared = [work() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def has_rl(s: Settings) -> bool:
+    return s.rl_steps > 0 and not s.ablations
+
+
+def load_data(s: Settings, model: GPT, enc, box: Sandbox, unfit: dict[str, str] | None = None) -> Data:
     """Experts' programs, held-out problems and RL problems: of the embedded world, or from files and the hub by name.
 
-    Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
+    unfit: the problems that an earlier start of the run found unfit for RL; otherwise they are run to find out. Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
     """
     def problems(name: str, n: int, kind: str, seed: int) -> list[bench.Problem]:
         found = bench.world(kind, n, seed) if name == "world" else bench.load(name, s.data_dir or None, limit=n)
         return [dataclasses.replace(p, timeout_s=s.time_limit) for p in found] if s.time_limit else found
-    evaluation, rl = problems(s.benchmark, s.eval_problems, "eval", 0), problems(s.rl_data, s.rl_pool, "train", 1)
-    rl, unfit = bench.fit_for_rl(rl, box) if s.rl_steps and s.rl_data != "world" else (rl, {})          # the world's are fit by construction
+    evaluation = problems(s.benchmark, s.eval_problems, "eval", 0)
     room = model.config.context - s.max_new_tokens
 
     def size(p: bench.Problem) -> int:
@@ -579,16 +590,25 @@ def load_data(s: Settings, model: GPT, enc, box: Sandbox) -> Data:
         if size(p) > room:
             raise ValueError(f"{s.benchmark}: the prompt of {p.id} has {size(p)} tokens, which with --max-new-tokens {s.max_new_tokens} exceeds the context of "
                              f"{model.config.context}: raise --context, or lower --max-new-tokens or --eval-problems")
-    unfit |= {p.id: f"its prompt has more than {room} tokens" for p in rl if size(p) > room}
+    rl = problems(s.rl_data, s.rl_pool, "train", 1) if has_rl(s) else []
+    if unfit is None:
+        unfit = {p.id: f"its prompt has more than {room} tokens" for p in rl if size(p) > room}
+        fit = [p for p in rl if p.id not in unfit]
+        unfit |= from_first(lambda: bench.unfit_for_rl(fit, box)) if s.rl_data != "world" else {}          # the world's are taken as they come
     rl = [p for p in rl if p.id not in unfit]
-    if len(rl) < s.rl_problems:
+    if has_rl(s) and len(rl) < s.rl_problems:
         raise ValueError(f"{s.rl_data}: {len(rl)} problems are fit for RL, {len(unfit)} are not, but one update of RLVR takes {s.rl_problems}; lower --rl-problems")
     if not any(p.solution for p in evaluation):
         raise ValueError(f"{s.benchmark} has no solutions, which the held-out cross-entropy needs; choose a benchmark that has")
-    experts, position = mstep.read_experts(s, model, enc)
+    warm, rows = mstep.read_commented(s, model, enc) if s.warm_data else ([], 0)
+    experts, position = mstep.read_experts(s, model, enc, position=(rows if s.warm_data == s.data else 0, 0))   # not the same programs once more
     heldout = mstep.parse_all(s, model, enc, s.benchmark, mstep.solved(evaluation), 1)
-    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, position, mstep.read_commented(s, model, enc) if s.warm_data else [],
-                heldout, evaluation, rl, unfit)
+    return Data(enc, elbo.opener_mask(enc).to(model.device), experts, position, warm, heldout, evaluation, rl, unfit)
+
+
+def scores(s: Settings) -> list[str]:
+    """What is known of a model: greedy accuracy and, at temperature 1, pass@k for the k that --samples allows."""
+    return ["greedy", *(f"pass@{k}" for k in sorted({1, min(5, s.samples)}))]
 
 
 class Scorer:
@@ -613,11 +633,12 @@ class Scorer:
         return total / n
 
     def full(self, model: GPT) -> dict:
-        """Greedy accuracy, and unbiased pass@1 and pass@5 at temperature 1."""
+        """Greedy accuracy and, at temperature 1, unbiased pass@1 and pass@5 (or what so many samples allow: see `scores`)."""
         k = self.run.s.samples
         right = self.attempt(model, k, 1.0, self.run.s.eval_problems)
-        one, five, n = self.run.sum(*(sum(bench.pass_at_k(k, c, m) for c in right) for m in (1, min(5, k))), len(right))
-        return {"greedy": self.greedy(model, self.run.s.eval_problems), "pass@1": one / n, "pass@5": five / n}
+        names = scores(self.run.s)[1:]
+        *sums, n = self.run.sum(*(sum(bench.pass_at_k(k, c, int(name[5:])) for c in right) for name in names), len(right))
+        return {"greedy": self.greedy(model, self.run.s.eval_problems), **{name: x / n for name, x in zip(names, sums)}, "problems": int(n)}
 
 
 def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
@@ -625,8 +646,8 @@ def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
     seen: dict[str, list[int]] = {}
     for trace in traces:
         for t, z in enumerate(trace.thinks()):
-            text = data.enc.decode([x for x, k, line in zip(trace.tokens, trace.kind, trace.line) if line == t and k == elbo.ACTION])
-            count = seen.setdefault(re.sub(r"(?<=x [-+<>] )\d+", "N", text.split("\n")[0].strip()), [0, 0])
+            text = data.enc.decode(trace.of(t, elbo.ACTION)).split("\n")[0].strip()
+            count = seen.setdefault(re.sub(r"(?<=x [-+<>] )\d+", "N", text), [0, 0])
             count[0], count[1] = count[0] + 1, count[1] + z
 
     def rate(needed: bool) -> float:
@@ -670,14 +691,19 @@ def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
     return model
 
 
+def warm_up(run: Run, base: GPT, data: Data, box: Sandbox) -> GPT:
+    """The base that all arms start from: trained on commented programs first, if --warm-data says so."""
+    if not run.s.warm_steps:
+        return base
+    scorer, heldout = Scorer(run, data, box), [p.trace() for p in data.heldout]
+    run.once("eval/cold", lambda: scorer.full(base))
+    return run.stage("warm", base, lambda m: mstep.m_step(run, "warm", m, data, data.warm, heldout, run.s.warm_steps, scorer.greedy))
+
+
 def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
-    """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three. A warm start, if any, makes the base of all."""
-    s, scorer = run.s, Scorer(run, data, box)
-    run.once("unfit for RL", lambda: data.unfit)
+    """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three."""
+    s, scorer, base = run.s, Scorer(run, data, box), warm_up(run, base, data, box)
     heldout = [p.trace() for p in data.heldout]
-    if s.warm_steps:
-        run.once("eval/cold", lambda: scorer.full(base))
-        base = run.stage("warm", base, lambda m: mstep.m_step(run, "warm", m, data, data.warm, heldout, s.warm_steps, scorer.greedy))
 
     def ntp(name: str, n: int) -> GPT:
         model = base
@@ -700,7 +726,7 @@ def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
 
 
 WHOLE = 10_000                                                                   # lines: the return reaches to the program's end
-ABLATIONS = {                                                                    # figures 6 and 7: the flags that each changes
+ABLATIONS = {                                                                    # figure 6's c, and what else might matter: the flags that each changes
     **{f"c={c:g}": dict(c=c) for c in (0.0, 0.01, 0.05, 0.2, 1.0, math.inf)},
     "horizon=1": dict(horizon=1),
     "horizon=whole": dict(horizon=WHOLE, gamma=1.0),
@@ -716,8 +742,9 @@ def chosen(s: Settings) -> dict[str, dict]:
 
 
 def ablation(run: Run, base: GPT, data: Data, box: Sandbox):
-    """One variant of mid-training, without RLVR."""
+    """One variant of mid-training, without RLVR. All variants of a seed have one warm-up, in a folder beside theirs."""
     scorer = Scorer(run, data, box)
+    base = warm_up(Run(run.s, run.dir.parent.parent / run.dir.name, run.seed, run.enc), base, data, box)
     model = mid_training(run, base, data, scorer)
     run.once("eval/ra3", lambda: scorer.full(model))
 
@@ -755,7 +782,13 @@ class Results:
         self.logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
 
     def value(self, key: str, name: str) -> list:
-        return [r[name] for log in self.logs for r in log if r.get("key") == key]
+        """One per seed; where each round has logged it, the last round's."""
+        found = [self.all(key, log)[-1:] for log in self.logs]
+        return [r[name] for rows in found for r in rows]
+
+    def all(self, key: str, log: list[dict]) -> list[dict]:
+        """The records `key`, `key`.2 ... of all rounds."""
+        return [r for r in log if r.get("key", "").partition(".")[0] == key]
 
     def curve(self, phase: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps (n,) and values (seeds, n), the rounds of a phase one behind the other."""
@@ -766,7 +799,7 @@ class Results:
             for r in log:
                 if r.get("phase", "").partition(".")[0] == phase and name in r:
                     if r["phase"] != round_:
-                        first, round_ = last, r["phase"]
+                        first, round_ = last + (phase == "estep"), r["phase"]        # the others log once more at the end
                     last = first + r["step"]
                     rows[-1].append((last, r[name]))
         n = min(map(len, rows))
@@ -792,20 +825,24 @@ def plot(path: Path, title: str, ylabel: str, curves: dict[str, tuple[np.ndarray
     plt.close(fig)
 
 
+def heads(names: list[str]) -> str:
+    return " | ".join(["greedy pass@1", *(f"{name} (T=1)" for name in names[1:])])
+
+
 ARMS = {"cold": "base, before its warm-up", "base": "base", "ntp": "NTP", "ntp-long": "NTP, RA3's compute", "ra3": "RA3"}
 
 
 def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md and the figures of the main experiment; returns the numbers of its last line."""
-    res = Results([folder / f"seed{seed}" for seed in seeds])
+    res, names = Results([folder / f"seed{seed}" for seed in seeds]), scores(s)
     rl = [a for a in ("base", "ntp", "ra3") if res.value(f"eval/rlvr-{a}", "greedy")]
     arms = [a for a in ARMS if res.value(f"eval/{a}", "greedy")]
     rows = [(ARMS[a], f"eval/{a}") for a in arms] + [(ARMS[a] + " + RLVR", f"eval/rlvr-{a}") for a in rl]
-    table = ["| model | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|"]
-    table += ["| " + " | ".join([label] + [percent(res.value(key, k)) for k in ("greedy", "pass@1", "pass@5")]) + " |" for label, key in rows]
-    text = [f"# {folder.name}: {len(seeds)} seed(s), {s.eval_problems} held-out problems", "",
+    table = ["| model | " + heads(names) + " |", "|---" * (1 + len(names)) + "|"]
+    table += ["| " + " | ".join([label] + [percent(res.value(key, k)) for k in names]) + " |" for label, key in rows]
+    text = [f"# {folder.name}: {len(seeds)} seed(s), {res.value('eval/ra3', 'problems')[0]} held-out problems", "",
             "Percent solved, mean ± standard error over seeds.", "", *table, ""]
-    numbers: dict = {key.removeprefix("eval/"): {k: round(mean_se(res.value(key, k))[0], 4) for k in ("greedy", "pass@1", "pass@5")} for _, key in rows}
+    numbers: dict = {key.removeprefix("eval/"): {k: round(mean_se(res.value(key, k))[0], 4) for k in names} for _, key in rows}
     for a, b in (("ra3", b) for b in ("ntp", "ntp-long", "base") if b in arms):
         for k in ("greedy", "pass@1"):
             x, y = res.value(f"eval/{a}", k), res.value(f"eval/{b}", k)
@@ -816,20 +853,20 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     if res.value("cost/estep", "seconds"):
         plot(folder / "estep_reward.png", "E-step reward", "nats per line", {"reward": res.curve("estep", "reward")})
         plot(folder / "estep_think.png", "Think rate in the E-step", "share of lines", {"all lines": res.curve("estep", "think")})
-        # The reward depends on which programs were drawn; this does not: they are the same in all versions.
-        plot(folder / "estep_advantage.png", "What thinking earns", "nats over the other versions' return", {"rationales": res.curve("estep", "advantage")})
-        text += ["", "## Figure 1: the E-step", "", "![reward](estep_reward.png) ![think rate](estep_think.png) ![advantage of thinking](estep_advantage.png)", ""]
+        # The level of the reward is that of the programs drawn; here versions of one program are compared.
+        plot(folder / "estep_uplift.png", "Return with a rationale minus without", "nats", {"lines where versions differ": res.curve("estep", "uplift")})
+        text += ["", "## Figure 1: the E-step", "", "![reward](estep_reward.png) ![think rate](estep_think.png) ![what thinking earns](estep_uplift.png)", ""]
     think = {k: percent(res.value("rationales", k)) for k in ("think", "think_needed", "think_other")}
-    text += [f"Held-out programs, infused by q: a rationale before {think['think']}% of lines; {think['think_needed']}% where a computation "
-             f"is needed, {think['think_other']}% elsewhere.", "", "| line | lines | think |", "|---|---|---|"]
+    where = f"; {think['think_needed']}% where a computation is needed, {think['think_other']}% elsewhere" if s.benchmark == "world" else ""
+    text += [f"Held-out programs, infused by q: a rationale before {think['think']}% of lines{where}.", "", "| line | lines | think |", "|---|---|---|"]
     text += [f"| `{form}` | {n} | {z:.0%} |" for form, (n, z) in res.value("rationales", "forms")[0].items()]
     if any(res.value("gain/estep", "lines")):
         text += ["", "What a rationale is worth at the line before which it stands, to the model that the E-step started from (held-out programs, first seed):", "",
                  "| rationales by | lines | nats per line: without | with | with another program's | gain | gain of another's | own over another's |",
                  "|---|---|---|---|---|---|---|---|"]
         for writer, label in (("start", "the start"), ("estep", "q after the E-step")):
-            for g in (r for r in res.logs[0] if r.get("key") == f"gain/{writer}" and r["lines"]):
-                text.append(f"| {label} | {g['lines']} | {g['without']:.3f} | {g['with']:.3f} | {g['shuffled']:.3f} | "
+            for g in (r for r in res.all(f"gain/{writer}", res.logs[0]) if r["lines"]):
+                text.append(f"| {label}{g['key'].removeprefix(f'gain/{writer}').replace('.', ', round ')} | {g['lines']} | {g['without']:.3f} | {g['with']:.3f} | {g['shuffled']:.3f} | "
                             + "".join(f"{g[k]:+.3f} ± {g[k + '_se']:.3f} | " for k in ("gain", "gain_shuffled", "gain_own")).rstrip())
                 numbers[f"gain {writer}"] = round(g["gain"], 4)
     text += ["", "## Figure 2: programs before and after infusion", ""]
@@ -858,14 +895,15 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
 
 def report_ablations(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md of the ablations; returns the numbers of its last line."""
-    text = ["| variant | think rate | action cross-entropy (nats/token) | greedy pass@1 | pass@1 (T=1) | pass@5 (T=1) |", "|---|---|---|---|---|---|"]
+    names, rates = scores(s), {"think": "think rate"} | ({"think_needed": "where needed"} if s.benchmark == "world" else {})
+    text = ["| " + " | ".join(["variant", *rates.values(), "action cross-entropy (nats/token)", heads(names)]) + " |", "|---" * (2 + len(rates) + len(names)) + "|"]
     numbers, curves = {}, {}
     for name in chosen(s):
         res = Results([folder / slug(name) / f"seed{seed}" for seed in seeds])
         nll = res.curve("ra3", "nll")[1][:, -1]
-        text.append(f"| {name} | {percent(res.value('rationales', 'think'))}% | {mean_se(nll)[0]:.4f} | " +
-                    " | ".join(percent(res.value("eval/ra3", k)) for k in ("greedy", "pass@1", "pass@5")) + " |")
-        numbers[name] = {k: round(mean_se(res.value("eval/ra3", k))[0], 4) for k in ("greedy", "pass@1", "pass@5")}
+        text.append("| " + " | ".join([name, *(percent(res.value("rationales", k)) + "%" for k in rates), f"{mean_se(nll)[0]:.4f}",
+                                       *(percent(res.value("eval/ra3", k)) for k in names)]) + " |")
+        numbers[name] = {k: round(mean_se(res.value("eval/ra3", k))[0], 4) for k in names}
         curves[name] = res.curve("ra3", "greedy")
     body = [f"# {folder.name}: ablations, {len(seeds)} seed(s)", "", *text, ""]
     penalties = {k for k in curves if k.startswith("c=")}
@@ -897,8 +935,8 @@ def versions() -> dict:
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 
-def start_folder(s: Settings) -> Path:
-    """Make runs/<name> with its config.json, or check that a run to be resumed is there and was started with the same settings."""
+def start_folder(s: Settings, unfit: dict[str, str]) -> Path:
+    """Make runs/<name> with its config.json (settings, problems unfit for RL, versions), or check that a run to be resumed is there and was started with the same settings."""
     folder = Path("runs") / (s.name or time.strftime("%Y%m%d-%H%M%S"))
     config = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("name", "resume", "threads")}
     if s.resume:
@@ -911,7 +949,7 @@ def start_folder(s: Settings) -> Path:
     elif folder.exists():
         raise ValueError(f"{folder} exists; go on with it by --resume, or choose another --name")
     else:
-        text = json.dumps(dict(settings=config, **versions()), indent=1)
+        text = json.dumps(dict(settings=config, unfit=unfit, **versions()), indent=1)
         folder.mkdir(parents=True)
         try:
             write_text(folder / "config.json", text)
@@ -923,6 +961,8 @@ def start_folder(s: Settings) -> Path:
 
 def main(s: Settings):
     s.check()
+    if s.model == "base" and not Path("base").exists():
+        s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
     if s.memory:
         return print_memory(s)
     local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -934,22 +974,20 @@ def main(s: Settings):
     if s.pretrain:
         return mstep.pretrain(Run(s, Path(s.pretrain), s.seed), s.pretrain)
     first = ranks == 1 or dist.get_rank() == 0
-    if s.model == "base" and not Path("base").exists():
-        s.model = str(Path(__file__).parent / "base")        # it lies beside the code, wherever that is started from
     half = s.offload or (s.shard and torch.cuda.is_available())       # real bases are stored so: nothing is lost, and main memory is saved
     base, enc = load_pretrained(s.model, dtype=torch.bfloat16 if half else torch.float32)
     base.grad_checkpoint, base.config.context = s.checkpoint_blocks, min(s.context, base.config.context)
+    s.row_tokens = min(s.row_tokens, base.config.context)
+    earlier = Path("runs") / s.name / "config.json"          # a resumed run goes on with the RL problems it had: verdicts near a time limit may differ
+    unfit = from_first(lambda: json.loads(earlier.read_text()).get("unfit") if s.resume and earlier.exists() else None)
     variants, seeds = chosen(s) if s.ablations else {"": {}}, list(range(s.seed, s.seed + s.seeds))
     began = time.time()
     with Sandbox() as box:
-        data = load_data(s, base, enc, box)          # before anything is written: bad data leaves nothing behind
+        data = load_data(s, base, enc, box, unfit)   # before anything is written: bad data leaves nothing behind
         data.openers = data.openers.to(torch.device("cuda", local) if torch.cuda.is_available() else "cpu")
         if first and data.unfit:
             print(f"{s.rl_data}: {len(data.rl_problems)} problems are fit for RL; of {len(data.unfit)} the reference fails, a trivial program passes, or the prompt is too long")
-        shared = [str(start_folder(s)) if first else None]
-        if ranks > 1:
-            dist.broadcast_object_list(shared)
-        folder = Path(shared[0])
+        folder = from_first(lambda: start_folder(s, data.unfit))
         for name, flags in variants.items():
             for seed in seeds:
                 run = Run(dataclasses.replace(s, **flags), folder / slug(name) / f"seed{seed}", seed, enc)

@@ -147,7 +147,7 @@ def test_leetcode_row(data):
     [p] = load("leetcode:train", data)
     assert p.prompt.count('"""') == 2 and p.prompt.endswith('"""\n') and "# shift" not in p.solution
     assert p.job("x") == Check(p.prompt + "x", LEETCODE["test"], "Solution().twice", LEETCODE["prompt"], 10.0)
-    assert bench.demonstrations("leetcode:train", data) == [p] and not load("livecodebench", data)[0].solution
+    assert p.solution and not load("livecodebench", data)[0].solution
     assert load(f"leetcode@{data}/leetcode_dataset/train.jsonl") == [p]                         # rows of that kind from elsewhere
 
 
@@ -275,8 +275,7 @@ def test_trivial_programs_and_failing_references_are_found(box):
                 Problem("method", "", "class Solution:\n    def g(self, x):\n        return []\n", ("def check(c):\n    assert c(x=1) == []\n",), "check", ("Solution().g",)),
                 Problem("echo", "", "print(input())\n", (("5\n", "5\n"),), "stdio", ()),
                 Problem("twice", "", "print(2 * int(input()))\n", (("5\n", "10\n"),), "stdio", ())]
-    kept, out = bench.fit_for_rl(problems, box)
-    assert [p.id for p in kept] == ["fit", "twice"]
+    out = bench.unfit_for_rl(problems, box)
     assert "reference fails" in out.pop("broken") and set(out) == {"none", "last", "method", "echo"}
     assert all("trivial program passes" in why for why in out.values()) and "args[-1]" in out["last"] + "args[-1]"
 
@@ -287,8 +286,7 @@ def test_trivial_programs_pass_just_these_of_mbpp(box):
     mbpp = load("mbpp-docstring:train", DATA) + load("mbpp-docstring", DATA) + load("mbpp-docstring:validation", DATA)
     known = {f"mbpp/{i}" for i in (404, 698, 816, 847, 890, 899, 951)}
     others = rng.sample([p for p in mbpp if p.id not in known | {"mbpp/367", "mbpp/601", "mbpp/927"}], 9)
-    kept, out = bench.fit_for_rl([p for p in mbpp if p.id in known] + others, box)
-    assert set(out) == known and kept == others
+    assert set(bench.unfit_for_rl([p for p in mbpp if p.id in known] + others, box)) == known
 
 
 # ---- real rows ----

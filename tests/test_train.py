@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import bench
+import mstep
 import train
 from model import load_pretrained
 from sandbox import Sandbox
@@ -202,8 +203,26 @@ def test_problems_are_held_to_the_time_limit_and_to_the_context(tmp_path):
         data = train.load_data(train.parse_flags([*flags, "--benchmark", "mbpp-docstring:test"]), base, enc, box)
         assert [p.id for p in data.rl_problems] == ["mbpp/1", "mbpp/4"] and {p.timeout_s for p in data.rl_problems + data.eval_problems} == {0.5}
         assert data.unfit.keys() == {"mbpp/2", "mbpp/3"} and "timeout" in data.unfit["mbpp/2"] and "more than 288 tokens" in data.unfit["mbpp/3"]
+        data = train.load_data(train.parse_flags([*flags, "--benchmark", "mbpp-docstring:test"]), base, enc, box, {"mbpp/1": "an earlier start said so"})
+        assert [p.id for p in data.rl_problems] == ["mbpp/2", "mbpp/3", "mbpp/4"]               # a resumed run goes on with the problems it had
+        assert not train.load_data(train.parse_flags(["--rl-data", "no/such", "--rl-steps", "0"]), base, enc, box).rl_problems
         with pytest.raises(ValueError, match="mbpp/3 has .* tokens, which .* exceeds the context of 512: raise --context, or lower"):
             train.load_data(train.parse_flags([*flags, "--benchmark", "mbpp-docstring:validation"]), base, enc, box)
+
+
+def test_experts_begin_where_the_warm_up_has_ended_and_rounds_say_when_nothing_is_left(tmp_path):
+    texts = [f"x = {i}\n# twice {i}\ny = x + {i}\n" for i in range(40)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    base, enc = load_pretrained(ROOT / "base")
+    corpus = str(tmp_path / "some.jsonl")
+    flags = ["--data", corpus, "--warm-data", corpus, "--warm-steps", "3", "--m-programs", "4", "--e-programs", "4", "--experts", "16", "--rl-steps", "0"]
+    s = train.parse_flags(flags)
+    with Sandbox(workers=1) as box:
+        data = train.load_data(s, base, enc, box)
+    warm, expert = (enc.decode(t.tokens) for t in (data.warm[0], data.experts[0].trace()))
+    assert len(data.warm) == 12 and "# twice 0\n" in warm and expert.endswith("x = 12\ny = x + 12\n<|endoftext|>")
+    with pytest.raises(ValueError, match="some.jsonl, round 3: 0 programs are there, 4 are needed; give more, or lower --rounds"):
+        mstep.read_experts(s, base, enc, 2, (40, 0))
 
 
 def test_an_existing_run_is_not_overwritten(whole, monkeypatch):
@@ -238,6 +257,10 @@ def test_a_cold_start_in_rounds_survives_a_kill(tmp_path):
     assert {r["key"] for r in log if r.get("key", "").startswith("gain/") and r["lines"]} == {"gain/start", "gain/estep", "gain/start.2", "gain/estep.2"}
     x, y = train.Results([whole / "seed0"]).curve("ra3", "nll")
     assert x.tolist() == [0, 2, 2, 4] and y.shape == (1, 4)
+    results = train.Results([whole / "seed0"])
+    assert results.curve("estep", "reward")[0].tolist() == [0, 1]
+    last = next(r for r in log if r.get("key") == "rationales.2")
+    assert results.value("rationales", "think") == [last["think"]]
     report = (whole / "report.md").read_text()
     assert "base, before its warm-up" in report and "q after the E-step" in report
     # As if it had been killed in the second round: what came after is gone.
@@ -252,9 +275,15 @@ def test_a_cold_start_in_rounds_survives_a_kill(tmp_path):
 
 
 def test_ablations_run_by_name_and_report_side_by_side(tmp_path):
-    flags = [*SMALL, "--name", "some", "--ablations", "no persistence,BRiTE", "--e-steps", "1", "--m-steps", "1", "--experts", "16"]
+    web = [p.prompt + " " + p.solution.lstrip() for p in bench.world("web", 60, seed=9)]
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in web))
+    flags = [*SMALL, "--name", "some", "--ablations", "no persistence,BRiTE,no RL", "--e-steps", "1", "--m-steps", "1", "--experts", "16",
+             "--warm-data", "web.jsonl", "--warm-steps", "1", "--rl-data", "no/such/data", "--row-tokens", "4096"]     # no RLVR here; the context is 512
     done = run(tmp_path, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
+    # Without E-step updates q is what mid-training started from: the one warm-up of all variants.
+    assert (tmp_path / "runs/some/no_RL/seed0/estep/model.safetensors").read_bytes() == (tmp_path / "runs/some/seed0/warm/model.safetensors").read_bytes()
+    assert [r["phase"] for r in metrics(tmp_path / "runs/some/seed0") if "phase" in r] == ["warm", "warm"]
     think = {name: train.Results([tmp_path / "runs/some" / train.slug(name) / "seed0"]).value("rationales", "think")[0] for name in ("no persistence", "BRiTE")}
     assert think["no persistence"] > 0.5 > think["BRiTE"] > 0           # rationales that break the format are cut out, hence not 1
     table = (tmp_path / "runs/some/report.md").read_text()
