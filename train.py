@@ -394,6 +394,11 @@ class Run:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         cuda = self.device.type == "cuda"
+        # fully_shard averages gradients. On the CPU older torch sums where it is told to (2.7 and 2.8 do, 2.13 does not).
+        average, reduce = torch.zeros(1, device=self.device), getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce(average, torch.ones(self.ranks, device=self.device), op=dist.ReduceOp.AVG)
+        if average.item() != 1.0:
+            raise ValueError(f"--shard: torch {torch.__version__} sums gradients on {self.device.type} where it should average them; use GPUs, or a newer torch")
         self.replica = copy.deepcopy(model).to(torch.bfloat16 if cuda else torch.float32).requires_grad_(False)
         # Inputs are not to be cast: the rotary angles would lose the position.
         policy = MixedPrecisionPolicy(torch.bfloat16 if cuda else None, torch.float32, cast_forward_inputs=False)
