@@ -581,7 +581,8 @@ def has_rl(s: Settings) -> bool:
 def load_data(s: Settings, model: GPT, enc, box: Sandbox, unfit: dict[str, str] | None = None) -> Data:
     """Experts' programs, held-out problems and RL problems: of the embedded world, or from files and the hub by name.
 
-    unfit: the problems that an earlier start of the run found unfit for RL; otherwise they are run to find out. Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
+    unfit: the problems that an earlier start of the run found unfit for RL; otherwise they are run to find out.
+    Raises ValueError, in one sentence, for data that cannot be read, is not Python, or has too few programs that fit the context.
     """
     def problems(name: str, n: int, kind: str, seed: int) -> list[bench.Problem]:
         found = bench.world(kind, n, seed) if name == "world" else bench.load(name, s.data_dir or None, limit=n)
@@ -788,10 +789,10 @@ class Results:
 
     def value(self, key: str, name: str) -> list:
         """One per seed; where each round has logged it, the last round's."""
-        found = [self.all(key, log)[-1:] for log in self.logs]
+        found = [self.records(key, log)[-1:] for log in self.logs]
         return [r[name] for rows in found for r in rows]
 
-    def all(self, key: str, log: list[dict]) -> list[dict]:
+    def records(self, key: str, log: list[dict]) -> list[dict]:
         """The records `key`, `key`.2 ... of all rounds."""
         return [r for r in log if r.get("key", "").partition(".")[0] == key]
 
@@ -870,9 +871,10 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
                  "| rationales by | lines | nats per line: without | with | with another program's | gain | gain of another's | own over another's |",
                  "|---|---|---|---|---|---|---|---|"]
         for writer, label in (("start", "the start"), ("estep", "q after the E-step")):
-            for g in (r for r in res.all(f"gain/{writer}", res.logs[0]) if r["lines"]):
-                text.append(f"| {label}{g['key'].removeprefix(f'gain/{writer}').replace('.', ', round ')} | {g['lines']} | {g['without']:.3f} | {g['with']:.3f} | {g['shuffled']:.3f} | "
-                            + "".join(f"{g[k]:+.3f} ± {g[k + '_se']:.3f} | " for k in ("gain", "gain_shuffled", "gain_own")).rstrip())
+            for g in (r for r in res.records(f"gain/{writer}", res.logs[0]) if r["lines"]):
+                nth = g["key"].removeprefix(f"gain/{writer}").replace(".", ", round ")
+                nats = [f"{g[k]:.3f}" for k in ("without", "with", "shuffled")] + [f"{g[k]:+.3f} ± {g[k + '_se']:.3f}" for k in ("gain", "gain_shuffled", "gain_own")]
+                text.append("| " + " | ".join([label + nth, str(g["lines"]), *nats]) + " |")
                 numbers[f"gain {writer}"] = round(g["gain"], 4)
     text += ["", "## Figure 2: programs before and after infusion", ""]
     for before, after in res.value("rationales", "programs")[0][:4]:
@@ -941,7 +943,10 @@ def versions() -> dict:
 
 
 def start_folder(s: Settings, unfit: dict[str, str]) -> Path:
-    """Make runs/<name> with its config.json (settings, problems unfit for RL, versions), or check that a run to be resumed is there and was started with the same settings."""
+    """Make runs/<name> with its config.json: settings, problems unfit for RL, versions.
+
+    Of a run to be resumed, check that it is there and was started with the same settings.
+    """
     folder = Path("runs") / (s.name or time.strftime("%Y%m%d-%H%M%S"))
     config = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("name", "resume", "threads")}
     if s.resume:
