@@ -612,9 +612,14 @@ def load_data(s: Settings, model: GPT, enc, box: Sandbox, unfit: dict[str, str] 
     return Data(enc, elbo.opener_mask(enc).to(model.device), experts, position, warm, heldout, evaluation, rl, unfit)
 
 
+def tries(s: Settings) -> list[int]:
+    """The k of pass@k: 1 and 5, or what --samples allows."""
+    return sorted({1, min(5, s.samples)})
+
+
 def scores(s: Settings) -> list[str]:
-    """What is known of a model: greedy accuracy and, at temperature 1, pass@k for the k that --samples allows."""
-    return ["greedy", *(f"pass@{k}" for k in sorted({1, min(5, s.samples)}))]
+    """What is known of a model: greedy accuracy and, at temperature 1, pass@k."""
+    return ["greedy", *(f"pass@{k}" for k in tries(s))]
 
 
 class Scorer:
@@ -639,12 +644,12 @@ class Scorer:
         return total / n
 
     def full(self, model: GPT) -> dict:
-        """Greedy accuracy and, at temperature 1, unbiased pass@1 and pass@5 (or what so many samples allow: see `scores`)."""
+        """Greedy accuracy and, at temperature 1, unbiased pass@1 and pass@5 (or what so many samples allow: see `tries`)."""
         k = self.run.s.samples
         right = self.attempt(model, k, 1.0, self.run.s.eval_problems)
-        names = scores(self.run.s)[1:]
-        *sums, n = self.run.sum(*(sum(bench.pass_at_k(k, c, int(name[5:])) for c in right) for name in names), len(right))
-        return {"greedy": self.greedy(model, self.run.s.eval_problems), **{name: x / n for name, x in zip(names, sums)}, "problems": int(n)}
+        *sums, n = self.run.sum(*(sum(bench.pass_at_k(k, c, m) for c in right) for m in tries(self.run.s)), len(right))
+        greedy = self.greedy(model, self.run.s.eval_problems)
+        return dict(zip(scores(self.run.s), [greedy, *(x / n for x in sums)])) | {"problems": int(n)}
 
 
 def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
@@ -702,14 +707,15 @@ def warm_up(run: Run, base: GPT, data: Data, box: Sandbox) -> GPT:
     if not run.s.warm_steps:
         return base
     scorer, heldout = Scorer(run, data, box), [p.trace() for p in data.heldout]
-    run.once("eval/cold", lambda: scorer.full(base))
     return run.stage("warm", base, lambda m: mstep.m_step(run, "warm", m, data, data.warm, heldout, run.s.warm_steps, scorer.greedy))
 
 
 def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
     """The paper's story: base; mid-training by NTP and by RA3; RLVR from each of the three."""
-    s, scorer, base = run.s, Scorer(run, data, box), warm_up(run, base, data, box)
-    heldout = [p.trace() for p in data.heldout]
+    s, scorer, heldout = run.s, Scorer(run, data, box), [p.trace() for p in data.heldout]
+    if s.warm_steps:
+        run.once("eval/cold", lambda: scorer.full(base))
+    base = warm_up(run, base, data, box)
 
     def ntp(name: str, n: int) -> GPT:
         model = base
