@@ -140,7 +140,7 @@ def evaluate(model: GPT, enc, name: str, problems: list[Problem], box: Sandbox, 
 
     The draws depend on (seed, problem, sample) alone, not on the batch or on which other problems run.
     """
-    fits = {p.id for p in problems if len(encode_prompt(enc, p.prompt)) < model.config.context}
+    fits = {p.id for p in problems if len(encode_prompt(enc, p.prompt)) < model.limit}
     every = [(p, j) for p in problems for j in range(samples)]
     for at in tqdm(range(0, len(every), 4 * batch_size), desc=name, leave=False):
         part = every[at:at + 4 * batch_size]

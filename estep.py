@@ -124,7 +124,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     # Room for a rationale: its tokens, and a closing that had to be forced.
     closing = {c: len(enc.encode_ordinary(c)) for c in {c for p in programs for c in p.closings}}
     need = {id(p): max_rationale + 1 + max(closing[c] for c in p.closings) for p in programs}
-    size = min(cfg.context, max(len(p) + (1 if mode == "first" else len(p.lines)) * need[id(p)] for p in programs))
+    size = min(model.limit, max(len(p) + (1 if mode == "first" else len(p.lines)) * need[id(p)] for p in programs))
     distinct = {p: n for n, p in enumerate(dict.fromkeys(map(id, programs)))}
     slots = [distinct[id(p)] for p in programs]                 # a row's place in the cache: versions of a program begin alike, and share it
     dtype = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else model.embed_tokens.weight.dtype
@@ -152,7 +152,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         thinking = []
         for b, r in zip(slots, rows):
             start = r.t
-            if gate := r.decide(p_open[b].tolist(), mode, explore, cfg.context - len(texts[b]) - need[id(r.program)]):
+            if gate := r.decide(p_open[b].tolist(), mode, explore, model.limit - len(texts[b]) - need[id(r.program)]):
                 thinking.append((r, b, int(firsts[b]) + r.t - start, gate))
         if not thinking:
             break
@@ -372,7 +372,7 @@ def rationale_gain(run, pi: GPT, data, programs: list[Program], infused: list[Tr
     """
     pi = run.use(pi)
     variants = [[p.trace() for p in programs], infused, shuffled(data.enc, programs, infused, run.draw("shuffled"))]
-    fits = [v for v in zip(*variants) if max(len(t.tokens) for t in v) <= pi.config.context]        # another's rationale may be longer
+    fits = [v for v in zip(*variants) if max(len(t.tokens) for t in v) <= pi.limit]        # another's rationale may be longer
     rows = []                                       # (program, without, with, shuffled) of every line that has a rationale
     for part in chunks(run.mine(list(enumerate(fits))), run.s.micro_batch):
         think, _ = decisions([own for _, (_, own, _) in part], max(max(own.line) for _, (_, own, _) in part) + 1)       # (B, L)

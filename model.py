@@ -38,7 +38,7 @@ class GPTConfig:
     n_kv_head: int = 2
     head_dim: int = 24
     d_ff: int = 256
-    context: int = 512                  # longest sequence, in tokens
+    context: int = 512                  # longest sequence, in tokens, that the model was made for
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None    # Llama-3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
     norm_eps: float = 1e-5
@@ -144,6 +144,7 @@ class GPT(nn.Module):
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.grad_checkpoint = False    # recompute each block in the backward pass: a third more time, far less memory
         self.n_vocab = cfg.vocab_size   # tokens that exist: Qwen's matrices have more rows, which must be neither drawn nor scored
+        self.limit = cfg.context        # longest sequence that will be put in: a run may lower it, for its memory's sake
         self.freq = None                # rope_frequencies; no buffer, which `.to(torch.bfloat16)` would round
         self.apply(self._init)
 
@@ -166,7 +167,7 @@ class GPT(nn.Module):
         doc:   (B, T) document numbers of a packed batch: a token sees its own document only.
         at:    (B, T) bool: only the logits that follow these tokens, (N, V); with 150k tokens they weigh more than all the rest.
         head:  False returns the last hidden states, (B, T, D) or (N, D), which `unembed` makes logits.
-        Raises ValueError if a position lies beyond the configured context.
+        Raises ValueError if a position lies beyond the model's limit.
         """
         (_, T), dev = tokens.shape, tokens.device
         steps = torch.arange(T, device=dev)
@@ -180,8 +181,8 @@ class GPT(nn.Module):
             pos, end = steps[None], T       # rotary positions are relative: they need not restart with each document
         else:
             pos, mask, end = steps[None], None, T
-        if end > self.config.context:
-            raise ValueError(f"a sequence of {end} tokens does not fit the model's context of {self.config.context}")
+        if end > self.limit:
+            raise ValueError(f"a sequence of {end} tokens does not fit the model's context of {self.limit}")
         if self.freq is None or self.freq.device != dev:
             self.freq = rope_frequencies(self.config).to(dev)
         angle = pos[..., None, None] * self.freq                                                      # (B or 1, T, 1, C/2)
@@ -368,8 +369,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     cfg, dev = model.config, model.device
     stop_ids = {cfg.eos_id} if stop_ids is None else set(stop_ids)
     for i, p in enumerate(prompts):
-        if not p or len(p) >= cfg.context:
-            raise ValueError(f"prompt {i} has {len(p)} tokens; between 1 and {cfg.context - 1} fit the model's context")
+        if not p or len(p) >= model.limit:
+            raise ValueError(f"prompt {i} has {len(p)} tokens; between 1 and {model.limit - 1} fit the model's context")
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(prompts)} prompts, but {len(seeds)} seeds: each prompt needs its own")
     out = [Sample() for _ in prompts]
@@ -389,7 +390,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
         return out
     noise = [uniforms(s, max_new_tokens) for s in seeds]
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))      # pop() takes the shortest: neighbours pad little
-    size = max(map(len, prompts)) + max_new_tokens
+    size = min(model.limit, max(map(len, prompts)) + max_new_tokens)
     dtype = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else model.embed_tokens.weight.dtype
 
     def extend(cache, parts):
@@ -429,7 +430,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
             s.tokens.append(token)
             s.logprobs.append(lp)
             s.stopped = token in stop_ids or (stop is not None and stop(s.tokens))
-            if s.stopped or len(s.tokens) == max_new_tokens or len(prompts[i]) + len(s.tokens) == cfg.context:
+            if s.stopped or len(s.tokens) == max_new_tokens or len(prompts[i]) + len(s.tokens) == model.limit:
                 done.append(slot)
         refill = done[:len(waiting)]
         if refill:

@@ -222,7 +222,7 @@ def parse_all(s, model: GPT, enc, name: str, texts, least: int) -> list[Program]
 
     Raises ValueError for a text that is not Python, if there are fewer than `least`, or if fewer than that fit.
     """
-    out, n, room = [], 0, model.config.context - s.max_rationale
+    out, n, room = [], 0, model.limit - s.max_rationale
     for n, (where, prompt, solution) in enumerate(texts, 1):
         try:
             p = elbo.parse(enc, prompt, solution, model.config.eos_id)
@@ -254,7 +254,7 @@ def read_experts(s, model: GPT, enc, n: int = 0, position: tuple[int, int] = (0,
         problems = bench.load(s.data, s.data_dir or None, limit=(n + 1) * s.experts)[n * s.experts:]
         return parse_all(s, model, enc, name, solved(problems), least), position
     # A program takes two thirds of the context at most: the rest is for rationales.
-    corpus = Corpus(s.data, s.column, limit=2 * model.config.context // 3, size=lambda text: len(encode_prompt(enc, text)) + 2, position=tuple(position))
+    corpus = Corpus(s.data, s.column, limit=2 * model.limit // 3, size=lambda text: len(encode_prompt(enc, text)) + 2, position=tuple(position))
     texts = ((f"program {i}", "", text) for i, text in enumerate(islice(corpus, s.experts)))
     return parse_all(s, model, enc, name, texts, least), corpus.position
 

@@ -116,7 +116,7 @@ class Settings:
     kl: float = option(0.0, "weight of the k3 KL to the model RLVR starts from")
     micro_batch: int = option(32, "sequences per forward pass in training; changes memory and speed, not the result (but for rounding)")
     sample_batch: int = option(256, "sequences that are sampled at a time, likewise")
-    context: int = option(2 ** 20, "longest sequence in tokens, where the model itself allows more; written to the config.json of what is trained")
+    context: int = option(2 ** 20, "longest sequence in tokens, where the model itself allows more")
     checkpoint_blocks: bool = option(False, "keep only each block's input for the backward pass and compute the rest again: a third more time, much less memory")
     shard: bool = option(False, "weights, gradients and moments cut over the GPUs (torch's fully_shard); each keeps a bfloat16 replica to sample from")
     offload: bool = option(False, "weights and gradients in bfloat16; float32 copies and Adam's moments in main memory, 16 bytes per weight there")
@@ -354,7 +354,7 @@ class Run:
                 (self.dir / "state.pt").unlink(missing_ok=True)
             self.barrier()
         model = GPT.from_pretrained(folder, dtype=torch.bfloat16 if self.s.offload else torch.float32)
-        model.n_vocab, model.grad_checkpoint = start.n_vocab, start.grad_checkpoint
+        model.n_vocab, model.limit, model.grad_checkpoint = start.n_vocab, start.limit, start.grad_checkpoint
         return model
 
     def steps(self, stage: str, model: GPT, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0.0):
@@ -588,14 +588,14 @@ def load_data(s: Settings, model: GPT, enc, box: Sandbox, unfit: dict[str, str] 
         found = bench.world(kind, n, seed) if name == "world" else bench.load(name, s.data_dir or None, limit=n)
         return [dataclasses.replace(p, timeout_s=s.time_limit) for p in found] if s.time_limit else found
     evaluation = problems(s.benchmark, s.eval_problems, "eval", 0)
-    room = model.config.context - s.max_new_tokens
+    room = model.limit - s.max_new_tokens
 
     def size(p: bench.Problem) -> int:
         return len(encode_prompt(enc, p.prompt))
     for p in evaluation:
         if size(p) > room:
             raise ValueError(f"{s.benchmark}: the prompt of {p.id} has {size(p)} tokens, which with --max-new-tokens {s.max_new_tokens} exceeds the context of "
-                             f"{model.config.context}: raise --context, or lower --max-new-tokens or --eval-problems")
+                             f"{model.limit}: raise --context, or lower --max-new-tokens or --eval-problems")
     rl = problems(s.rl_data, s.rl_pool, "train", 1) if has_rl(s) else []
     if unfit is None:
         unfit = {p.id: f"its prompt has more than {room} tokens" for p in rl if size(p) > room}
@@ -992,8 +992,8 @@ def main(s: Settings):
     first = ranks == 1 or dist.get_rank() == 0
     half = s.offload or (s.shard and torch.cuda.is_available())       # real bases are stored so: nothing is lost, and main memory is saved
     base, enc = load_pretrained(s.model, dtype=torch.bfloat16 if half else torch.float32)
-    base.grad_checkpoint, base.config.context = s.checkpoint_blocks, min(s.context, base.config.context)
-    s.row_tokens = min(s.row_tokens, base.config.context)
+    base.grad_checkpoint, base.limit = s.checkpoint_blocks, min(s.context, base.limit)
+    s.row_tokens = min(s.row_tokens, base.limit)
     earlier = Path("runs") / s.name / "config.json"          # a resumed run goes on with the RL problems it had: verdicts near a time limit may differ
     unfit = from_first(lambda: json.loads(earlier.read_text()).get("unfit") if s.resume and earlier.exists() else None)
     variants, seeds = chosen(s) if s.ablations else {"": {}}, list(range(s.seed, s.seed + s.seeds))

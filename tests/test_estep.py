@@ -268,18 +268,18 @@ def test_rows_of_very_unequal_length_share_a_batch(enc, mode):
 def test_rationales_stay_within_a_context_that_has_room_for_one(enc, explore, comments):
     """A well-formed rationale may be followed by the line and then by another: what the first has spent is spent."""
     model, p, most = tiny(0), elbo.parse(enc, "a\n", "x\n" * 6, EOS), 5
-    model.config.context = len(p) + most + 3                        # a newline more if it has to be closed
+    model.limit = len(p) + most + 3                        # a newline more if it has to be closed
     for k in range(40):
         for t in estep.rollout(model, enc, [p] * 8, [[k, i] for i in range(8)], torch.tensor([True] + [False] * 4), max_rationale=most, max_comments=comments,
                                explore=explore):
-            assert len(t.tokens) <= model.config.context and [x for x, kind in zip(t.tokens, t.kind) if kind == ACTION] == [x for line in p.lines for x in line]
+            assert len(t.tokens) <= model.limit and [x for x, kind in zip(t.tokens, t.kind) if kind == ACTION] == [x for line in p.lines for x in line]
 
 
 def test_near_the_end_of_the_context_too_a_row_is_what_it_would_be_alone(enc):
     """Whether there is room for one more rationale is a matter of the row's own closings, not of its neighbours'."""
     model, short, long = tiny(0), elbo.parse(enc, "a\n", "x\n" * 5, EOS), elbo.parse(enc, "a\n", "x\n" * 5, EOS)
     long.closings = ["\n" + "x" * 9] * 5
-    model.config.context = len(short) + 10
+    model.limit = len(short) + 10
     how = dict(openers=torch.tensor([True] + [False] * 4), max_rationale=MAX, explore=0.5)
     for k in range(30):
         both = estep.rollout(model, enc, [short, long], [[k, 0], [k, 1]], **how)

@@ -52,6 +52,17 @@ def test_a_shorter_context_is_kept_to(tmp_path, monkeypatch):
         train.main(parse_flags(["--context", "230", "--experts", "64", "--threads", "1", "--model", str(ROOT / "base")]))
 
 
+def test_a_shorter_context_is_the_runs_and_not_written_to_what_it_trains(tmp_path):
+    base, enc = load_pretrained(ROOT / "base")
+    base.limit = 200
+    for _ in range(2):                                              # made, then found again
+        model = train.Run(parse_flags([]), tmp_path, 0, enc).stage("ntp", base, lambda m: None)
+        assert model.limit == 200 and model.config.context == 512
+        with pytest.raises(ValueError, match="201 tokens does not fit the model's context of 200"):
+            model(torch.ones(1, 201, dtype=torch.int64))
+    assert GPT.from_pretrained(tmp_path / "ntp").limit == 512
+
+
 def test_an_unknown_preset_is_one_sentence():
     with pytest.raises(ValueError, match="--preset qwen: expected one of world, smollm2-135m, "):
         parse_flags(["--preset", "qwen"])

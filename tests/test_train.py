@@ -223,7 +223,7 @@ def test_experts_begin_where_the_warm_up_has_ended_and_rounds_say_when_nothing_i
     assert len(data.warm) == 12 and "# twice 0\n" in warm and expert.endswith("x = 12\ny = x + 12\n<|endoftext|>")
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "".join(f"y = x + {i}\n" for i in range(500))}) + "\n")
     pieces, _ = mstep.read_experts(train.parse_flags([*flags[4:], "--data", str(tmp_path / "long.jsonl")]), base, enc)
-    assert 300 < max(map(len, pieces)) <= 2 * base.config.context // 3              # the rest is for rationales
+    assert 300 < max(map(len, pieces)) <= 2 * base.limit // 3              # the rest is for rationales
     with pytest.raises(ValueError, match="some.jsonl, round 3: 0 programs are there, 4 are needed; give more, or lower --rounds"):
         mstep.read_experts(s, base, enc, 2, (40, 0))
 
