@@ -313,6 +313,8 @@ class Decoder:
         logits = self.model(last[:, None], cache=self.cache)[:, 0]                                    # (B, V)
         if last.is_cuda:
             # After a pass like any other: it has made autocast's copies of the weights, which made in a recording would hold nothing yet.
+            # What the allocator holds unused, of a training step or of deleted recordings, cannot be given back during a recording: it would run out.
+            torch.cuda.empty_cache()
             self.last, self.graph = last[:, None].clone(), torch.cuda.CUDAGraph()
             aside = Decoder.aside = Decoder.aside or torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
