@@ -139,20 +139,20 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         starts = [max(len(text) - width, 0) for text in texts]
         cache.length = torch.tensor(starts, device=dev)
         text = pad([text[i:] for text, i in zip(texts, starts)], cfg.eos_id, dev)                       # (B, T)
-        at, counts = torch.zeros_like(text, dtype=torch.bool), [len(r.program.lines) - r.t for r in scored]
+        at, counts = torch.zeros(text.shape, dtype=torch.bool), [len(r.program.lines) - r.t for r in scored]
         for b, r in enumerate(scored):                          # the gate of a line is decided by the logits of the token before it
             ends = np.cumsum([len(r.trace.tokens) - 1 - starts[b], *map(len, r.program.lines[r.t:-1])])
             at[b, torch.from_numpy(ends)] = True
-        x = model(text, cache=cache, at=at, head=False)                                                 # (N, D), N gates
+        x = model(text, cache=cache, at=at.to(dev), head=False)                                         # (N, D), N gates
 
         def opening(x: Tensor) -> Tensor:
             return model.unembed(x).double().softmax(-1) * openers                                      # (n, V)
-        p_open = torch.cat([opening(part).sum(-1) for part in x.split(256)]).split(counts)              # real vocabularies fill a GPU
+        p_open = torch.cat([opening(part).sum(-1) for part in x.split(256)]).tolist()                   # real vocabularies fill a GPU
         firsts = np.cumsum([0] + counts)                        # where each slot's lines begin in x
         thinking = []
         for b, r in zip(slots, rows):
             start = r.t
-            if gate := r.decide(p_open[b].tolist(), mode, explore, model.limit - len(texts[b]) - need[id(r.program)]):
+            if gate := r.decide(p_open[firsts[b]:firsts[b + 1]], mode, explore, model.limit - len(texts[b]) - need[id(r.program)]):
                 thinking.append((r, b, int(firsts[b]) + r.t - start, gate))
         if not thinking:
             break
@@ -166,9 +166,8 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         live, decode = [not r.check(enc, max_rationale, max_comments) for r in rows], Decoder(model, cache)
         while any(live):
             # Rows that have finished ride along; their cache does not advance.
-            logits = decode(torch.tensor(last, device=dev))                                             # (B, V)
+            drawn = _draw(decode(torch.tensor(last, device=dev)), rows, live)                           # of (B, V)
             cache.length += torch.tensor(live, device=dev)
-            drawn = _draw(logits, rows, live)
             for b, r in enumerate(rows):
                 if live[b]:
                     last[b] = drawn[b]

@@ -26,6 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# cuDNN's attention is torch's first choice on an H100 or H200. Under a mask it can give NaN gradients (torch 2.11, pytorch issue 196678), and it makes a
+# plan for each new length, which takes longer than the attention.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # ----------------------------------------------------------------------------------------------------------- the network
 
 
@@ -105,7 +109,7 @@ class Attention(nn.Module):
             # the time of decoding). Instead the heads that share a key stand in line as further queries of that key.
             k, v = (t.transpose(1, 2) for t in store(k, v))                                           # (B, K, S, C)
             q = q.view(B, T, cfg.n_kv_head, groups, -1).transpose(1, 2).reshape(B, cfg.n_kv_head, T * groups, -1)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat_interleave(groups, dim=2))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             y = y.view(B, cfg.n_kv_head, T, groups, -1).transpose(2, 3).flatten(1, 2)                 # (B, H, T, C)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                                       # (B, T, D)
 
@@ -174,7 +178,8 @@ class GPT(nn.Module):
         if cache is not None:
             pos = cache.length[:, None] + steps                                                       # (B, T)
             end = cache.k.shape[2] if recording(dev) else int(pos.max()) + 1                          # a recording cannot look at lengths
-            mask = (torch.arange(end, device=dev) <= pos[..., None])[:, None]                         # (B, 1, T, S)
+            seen = torch.arange(end, device=dev) <= pos[..., None]                                    # (B, T, S)
+            mask = seen.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)[:, None]  # (B, 1, T * G, S), see Attention
         elif doc is not None:
             same = doc[:, :, None] == doc[:, None, :]
             mask = (same & (steps[:, None] >= steps))[:, None]                                        # (B, 1, T, T)
@@ -315,16 +320,17 @@ class Decoder:
             # After a pass like any other: it has made autocast's copies of the weights, which made in a recording would hold nothing yet.
             # What the allocator holds unused, of a training step or of deleted recordings, cannot be given back during a recording: it would run out.
             torch.cuda.empty_cache()
-            self.last, self.graph = last[:, None].clone(), torch.cuda.CUDAGraph()
+            self.last, graph = last[:, None].clone(), torch.cuda.CUDAGraph()
             aside = Decoder.aside = Decoder.aside or torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
-                self.graph.capture_begin()
+                graph.capture_begin()
                 try:
                     self.logits = self.model.forward(self.last, cache=self.cache)[:, 0]
                 finally:
-                    self.graph.capture_end()
+                    graph.capture_end()
             torch.cuda.current_stream().wait_stream(aside)
+            self.graph = graph                                       # only now: a recording that failed must not be replayed
         return logits
 
 

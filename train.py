@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import io
 import json
 import math
 import os
@@ -383,8 +382,8 @@ class Run:
             if (step + 1) % self.s.save_every == 0 and step + 1 < n:
                 state = dict(stage=stage, step=step + 1, compute=self.sum(self.compute - before)[0], **self.state(model, optimizer))
                 if self.rank == 0:
-                    torch.save(state | {"log_bytes": self.path.stat().st_size}, buffer := io.BytesIO())
-                    write_whole(path, lambda tmp: tmp.write_bytes(buffer.getvalue()))     # torch's own writer hides the OSError
+                    state["log_bytes"] = self.path.stat().st_size
+                    write_whole(path, lambda tmp: save(state, tmp))
                 self.barrier()
 
     # one model over many GPUs ----------------------------------------------------------------------------------------
@@ -504,11 +503,12 @@ class Run:
             for p, g in zip(params, flat.split([p.numel() for p in params])):
                 p.grad = g.view_as(p)
         norm = torch.nn.utils.clip_grad_norm_(params, clip)
-        if self.s.shard:
-            norm = norm.full_tensor()
+        norm = (norm.full_tensor() if self.s.shard else norm).item()
+        if not math.isfinite(norm):                  # a step would make all weights so, and nothing after it would complain
+            raise ValueError(f"the gradient's norm is {norm}: training has diverged; start again with a lower learning rate")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)        # sampling comes next, and needs the room
-        return norm.item()
+        return norm
 
 
 class OnCPU:
@@ -546,6 +546,15 @@ class OnCPU:
         self.inner.load_state_dict(state["inner"])
         for e, saved in zip(self.exact, state["exact"], strict=True):
             e.copy_(saved)
+
+
+def save(state: dict, path: Path):
+    """torch.save straight to the file, without a second copy in memory; what torch says of a full disk hides the OSError, which is raised here."""
+    try:
+        with open(path, "wb") as f:
+            torch.save(state, f)
+    except RuntimeError as e:
+        raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
 
 
 def write_text(path: Path, text: str):

@@ -228,6 +228,16 @@ def test_experts_begin_where_the_warm_up_has_ended_and_rounds_say_when_nothing_i
         mstep.read_experts(s, base, enc, 2, (40, 0))
 
 
+def test_a_diverged_step_is_not_taken(tmp_path):
+    """One infinite gradient would make every weight nan, and sampling from those raises nothing."""
+    model, _ = load_pretrained(ROOT / "base")
+    run, before = train.Run(train.Settings(), tmp_path, 0), [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="norm is (nan|inf): training has diverged"):
+        run.update(model, optimizer, [model(torch.zeros(1, 2, dtype=torch.int64)).sum() * float("inf")], 1)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+
 def test_an_existing_run_is_not_overwritten(whole, monkeypatch):
     where = whole[0].parent.parent
     assert "--resume" in refused(where, monkeypatch, "--name", "one")
