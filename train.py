@@ -193,7 +193,7 @@ PRESETS: dict[str, dict] = {
     # One GPU of 24 GB and 32 GB of main memory: what `OnCPU` says about precision, and two crossings of the bus per update, are the price.
     "qwen2.5-1.5b-24gb": dict(BILLION, model="Qwen/Qwen2.5-1.5B") | SMALL_CARD,
     "llama-3.2-1b-24gb": dict(BILLION, model="meta-llama/Llama-3.2-1B") | SMALL_CARD,
-    # Eight GPUs of 80 GB: torchrun --standalone --nproc-per-node=8. A checkpoint takes rank 0 about 200 GB of main memory.
+    # Eight GPUs of 80 GB: torchrun --standalone --nproc-per-node=8. A checkpoint takes rank 0 about 100 GB of main memory.
     "llama-3.1-8b": dict(BILLION, model="meta-llama/Llama-3.1-8B", shard=True, micro_batch=4, sample_batch=32),
 }
 

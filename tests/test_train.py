@@ -210,6 +210,32 @@ def test_problems_are_held_to_the_time_limit_and_to_the_context(tmp_path):
             train.load_data(train.parse_flags([*flags, "--benchmark", "mbpp-docstring:validation"]), base, enc, box)
 
 
+def test_ranks_agree_on_the_rl_problems_where_their_verdicts_would_not(tmp_path):
+    """A verdict near a time limit may differ from rank to rank: the first rank's holds for all."""
+    (tmp_path / "mbpp/full").mkdir(parents=True)
+    rows = [dict(text="Three.", test_list=["assert three() == 3"], test_setup_code="", challenge_test_list=[], task_id=i, code="def three():\n    return 3\n") for i in range(4)]
+    for split in ("train", "test"):
+        (tmp_path / f"mbpp/full/{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "two.py").write_text(f"""
+import sys
+import torch.distributed as dist
+sys.path.insert(0, {str(ROOT)!r})
+import bench, train
+from model import load_pretrained
+from sandbox import Sandbox
+dist.init_process_group("gloo")
+bench.unfit_for_rl = lambda problems, box: {{problems[dist.get_rank()].id: "too slow here"}}
+s = train.parse_flags("--data-dir . --benchmark mbpp-docstring:test --rl-data mbpp-docstring:train --rl-problems 2 --experts 64".split())
+with Sandbox(workers=1) as box:
+    data = train.load_data(s, *load_pretrained({str(ROOT / "base")!r}), box)
+open(f"rank{{dist.get_rank()}}", "w").write(f"{{sorted(data.unfit)}} {{[p.id for p in data.rl_problems]}}")
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "two.py"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text() == "['mbpp/0'] ['mbpp/1', 'mbpp/2', 'mbpp/3']"
+
+
 def test_experts_begin_where_the_warm_up_has_ended_and_rounds_say_when_nothing_is_left(tmp_path):
     texts = [f"x = {i}\n# twice {i}\ny = x + {i}\n" for i in range(40)]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
