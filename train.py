@@ -153,7 +153,8 @@ class Settings:
 
 
 # Recipes: what differs from the defaults above. That they fit their cards is predicted (`--preset NAME --memory`, and a test holds them to it) and, but for
-# the last two, measured (`tests/bench_memory.py`). What they reach has not been, and nothing in them is tuned: learning rates are the usual ones at these sizes.
+# the last two, measured (`tests/bench_memory.py`). What they reach has not been; the E-step's
+# weights are what SmolLM2 needed (README), its learning rate too, the others are the usual ones at these sizes.
 REAL = dict(
     data="codeparrot/codeparrot-clean", column="content",    # 5M Python files from GitHub, deduplicated; the hub serves them as a stream
     warm_data="codeparrot/codeparrot-clean", warm_column="content", warm_steps=50,     # real bases hardly comment, and to no use (the README has
@@ -184,7 +185,7 @@ SMALL_CARD = dict(offload=True,                              # float32 weights, 
 ROOM = 0.9e9                # bytes per GB of a card that a prediction may fill: the CUDA context and fragments take one or two GB
 PRESETS: dict[str, dict] = {
     "world": {},
-    # One GPU of 24 GB. Smaller models bear larger learning rates; half of the problems, and fewer updates, for a first look.
+    # One GPU of 24 GB. Smaller models bear larger learning rates; 256 rollouts per update, as 24 were too noisy; fewer updates, for a first look.
     "smollm2-135m": dict(REAL, model="HuggingFaceTB/SmolLM2-135M", e_lr=1e-4, m_lr=5e-5, rl_lr=2e-5, experts=2048, e_programs=64, e_steps=30,
                          m_steps=60, rl_steps=20, rl_problems=16, eval_problems=128, max_new_tokens=256, micro_batch=4),
     # One GPU of 80 GB: float32 weights and moments, products in bfloat16.
