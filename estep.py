@@ -139,7 +139,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         starts = [max(len(text) - width, 0) for text in texts]
         cache.length = torch.tensor(starts, device=dev)
         text = pad([text[i:] for text, i in zip(texts, starts)], cfg.eos_id, dev)                       # (B, T)
-        at, counts = torch.zeros(text.shape, dtype=torch.bool), [len(r.program.lines) - r.t for r in scored]
+        at = torch.zeros(text.shape, dtype=torch.bool)
         for b, r in enumerate(scored):                          # the gate of a line is decided by the logits of the token before it
             ends = np.cumsum([len(r.trace.tokens) - 1 - starts[b], *map(len, r.program.lines[r.t:-1])])
             at[b, torch.from_numpy(ends)] = True
@@ -148,7 +148,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         def opening(x: Tensor) -> Tensor:
             return model.unembed(x).double().softmax(-1) * openers                                      # (n, V)
         p_open = torch.cat([opening(part).sum(-1) for part in x.split(256)]).tolist()                   # real vocabularies fill a GPU
-        firsts = np.cumsum([0] + counts)                        # where each slot's lines begin in x
+        firsts = np.cumsum([0, *(len(r.program.lines) - r.t for r in scored)])                          # where each slot's lines begin in x
         thinking = []
         for b, r in zip(slots, rows):
             start = r.t

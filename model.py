@@ -51,6 +51,11 @@ class GPTConfig:
     tie_embeddings: bool = True
     eos_id: int = 0                     # ends a document; also the padding, which no loss and no attention ever sees
 
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key, G."""
+        return self.n_head // self.n_kv_head
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
@@ -100,17 +105,16 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        groups = cfg.n_head // cfg.n_kv_head                                                          # G query heads share a key
         if store is None:
-            k, v = (t.repeat_interleave(groups, dim=2).transpose(1, 2) for t in (k, v))               # (B, H, T, C)
+            k, v = (t.repeat_interleave(cfg.groups, dim=2).transpose(1, 2) for t in (k, v))           # (B, H, T, C)
             y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
         else:
             # Few queries, a long cache: to copy its keys for each head would cost more than all the rest (measured: half of
             # the time of decoding). Instead the heads that share a key stand in line as further queries of that key.
             k, v = (t.transpose(1, 2) for t in store(k, v))                                           # (B, K, S, C)
-            q = q.view(B, T, cfg.n_kv_head, groups, -1).transpose(1, 2).reshape(B, cfg.n_kv_head, T * groups, -1)
+            q = q.view(B, T, cfg.n_kv_head, cfg.groups, -1).transpose(1, 2).reshape(B, cfg.n_kv_head, T * cfg.groups, -1)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            y = y.view(B, cfg.n_kv_head, T, groups, -1).transpose(2, 3).flatten(1, 2)                 # (B, H, T, C)
+            y = y.view(B, cfg.n_kv_head, T, cfg.groups, -1).transpose(2, 3).flatten(1, 2)             # (B, H, T, C)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                                       # (B, T, D)
 
 
@@ -179,7 +183,7 @@ class GPT(nn.Module):
             pos = cache.length[:, None] + steps                                                       # (B, T)
             end = cache.k.shape[2] if recording(dev) else int(pos.max()) + 1                          # a recording cannot look at lengths
             seen = torch.arange(end, device=dev) <= pos[..., None]                                    # (B, T, S)
-            mask = seen.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)[:, None]  # (B, 1, T * G, S), see Attention
+            mask = seen.repeat_interleave(self.config.groups, dim=1)[:, None]                         # (B, 1, T * G, S), see Attention
         elif doc is not None:
             same = doc[:, :, None] == doc[:, None, :]
             mask = (same & (steps[:, None] >= steps))[:, None]                                        # (B, 1, T, T)
@@ -267,7 +271,7 @@ class KVCache:
     """
 
     def __init__(self, cfg: GPTConfig, rows: int, size: int, device, dtype):
-        shape = (cfg.n_layer, rows, min(size, cfg.context), cfg.n_kv_head, cfg.head_dim)
+        shape = (cfg.n_layer, rows, size, cfg.n_kv_head, cfg.head_dim)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(rows, dtype=torch.int64, device=device)
 

@@ -153,8 +153,8 @@ class Settings:
 
 
 # Recipes: what differs from the defaults above. That they fit their cards is predicted (`--preset NAME --memory`, and a test holds them to it) and, but for
-# the last two, measured (`tests/bench_memory.py`). What they reach has not been; the E-step's
-# weights are what SmolLM2 needed (README), its learning rate too, the others are the usual ones at these sizes.
+# the last two, measured (`tests/bench_memory.py`). What they reach has not been; the weights of the E-step are those that SmolLM2 needed (README),
+# its own learning rate too, the others are the usual ones at these sizes.
 REAL = dict(
     data="codeparrot/codeparrot-clean", column="content",    # 5M Python files from GitHub, deduplicated; the hub serves them as a stream
     warm_data="codeparrot/codeparrot-clean", warm_column="content", warm_steps=50,     # real bases hardly comment, and to no use (the README has
@@ -385,6 +385,7 @@ class Run:
                 if self.rank == 0:
                     state["log_bytes"] = self.path.stat().st_size
                     write_whole(path, lambda tmp: save(state, tmp))
+                del state                            # of a sharded model a whole copy, which would lie beside the next one
                 self.barrier()
 
     # one model over many GPUs ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from model import GPT, SHAPES, Decoder, KVCache  # noqa: E402
 
 
 def milliseconds(step, cache: KVCache, last: torch.Tensor, n: int = 100) -> float:
-    for _ in range(3):                                              # the first pass of a Decoder is not recorded, the second is
+    for _ in range(3):                                              # a Decoder's first pass is launched, and recorded for the others
         step(last)
     torch.cuda.synchronize()
     began = time.time()

@@ -25,14 +25,20 @@ SMALL = ("--experts 64 --eval-problems 4 --samples 2 --e-steps 4 --e-programs 4 
 STAGES = ("estep", "ra3", "ntp", "rlvr-base", "rlvr-ntp", "rlvr-ra3")
 
 
-def command(*flags: str, ranks: int = 1) -> list[str]:
+def command(*flags: str, ranks: int = 1, script: Path = ROOT / "train.py") -> list[str]:
     start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*start, str(ROOT / "train.py"), *flags]
+    return [*start, str(script), *flags]
 
 
-def run(folder: Path, *flags: str, ranks: int = 1, **kw):
-    return subprocess.run(command(*flags, ranks=ranks), cwd=folder, capture_output=True, text=True, timeout=250,
+def run(folder: Path, *flags: str, ranks: int = 1, script: Path = ROOT / "train.py", **kw):
+    return subprocess.run(command(*flags, ranks=ranks, script=script), cwd=folder, capture_output=True, text=True, timeout=250,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, **kw)
+
+
+def write_mbpp(folder: Path, **splits: list[dict]):
+    (folder / "mbpp/full").mkdir(parents=True)
+    for split, rows in splits.items():
+        (folder / f"mbpp/full/{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -194,9 +200,7 @@ def test_problems_are_held_to_the_time_limit_and_to_the_context(tmp_path):
     row = dict(text="Three.", test_list=["assert three() == 3"], test_setup_code="", challenge_test_list=[])
     rows = [row | dict(task_id=i, code=f"def three():\n    return {what}\n", text=text) for i, what, text in
             ((1, "3", "Three."), (2, "sum(1 for _ in range(10**9)) and 3", "Three."), (3, "3", "Three! " * 99), (4, "1 + 2", "Three."))]
-    for split, some in (("train", rows), ("test", rows[:1]), ("validation", rows[2:3])):
-        (tmp_path / "mbpp/full").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"mbpp/full/{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    write_mbpp(tmp_path, train=rows, test=rows[:1], validation=rows[2:3])
     base, enc = load_pretrained(ROOT / "base")
     flags = ["--data-dir", str(tmp_path), "--rl-data", "mbpp-docstring:train", "--rl-problems", "2", "--rl-pool", "4", "--time-limit", "0.5", "--experts", "64"]
     with Sandbox(workers=2) as box:
@@ -212,10 +216,8 @@ def test_problems_are_held_to_the_time_limit_and_to_the_context(tmp_path):
 
 def test_ranks_agree_on_the_rl_problems_where_their_verdicts_would_not(tmp_path):
     """A verdict near a time limit may differ from rank to rank: the first rank's holds for all."""
-    (tmp_path / "mbpp/full").mkdir(parents=True)
     rows = [dict(text="Three.", test_list=["assert three() == 3"], test_setup_code="", challenge_test_list=[], task_id=i, code="def three():\n    return 3\n") for i in range(4)]
-    for split in ("train", "test"):
-        (tmp_path / f"mbpp/full/{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_mbpp(tmp_path, train=rows, test=rows)
     (tmp_path / "two.py").write_text(f"""
 import sys
 import torch.distributed as dist
@@ -230,8 +232,7 @@ with Sandbox(workers=1) as box:
     data = train.load_data(s, *load_pretrained({str(ROOT / "base")!r}), box)
 open(f"rank{{dist.get_rank()}}", "w").write(f"{{sorted(data.unfit)}} {{[p.id for p in data.rl_problems]}}")
 """)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "two.py"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = run(tmp_path, ranks=2, script=tmp_path / "two.py")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text() == "['mbpp/0'] ['mbpp/1', 'mbpp/2', 'mbpp/3']"
 
