@@ -264,8 +264,8 @@ def read_commented(s, model: GPT, enc) -> tuple[list[Trace], int]:
 
     They are those with comments at `warm_density` of their lines at least.
     """
-    corpus = Corpus(standard_library() if s.warm_data == "stdlib" else s.warm_data, s.warm_column, limit=s.row_tokens,
-                    size=lambda text: len(encode_prompt(enc, text)) + 2, comments=True)
+    name, column = (standard_library(), "text") if s.warm_data == "stdlib" else (s.warm_data, s.warm_column)
+    corpus = Corpus(name, column, limit=s.row_tokens, size=lambda text: len(encode_prompt(enc, text)) + 2, comments=True)
     traces = (elbo.parse_commented(enc, text, model.config.eos_id, s.max_rationale, s.max_comments) for text in corpus)
     out = list(islice((t for t in traces if np.mean(t.thinks()) >= s.warm_density), s.warm_steps * s.m_programs))
     if len(out) < s.m_programs:

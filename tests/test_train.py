@@ -255,6 +255,13 @@ def test_experts_begin_where_the_warm_up_has_ended_and_rounds_say_when_nothing_i
         mstep.read_experts(s, base, enc, 2, (40, 0))
 
 
+def test_the_standard_library_has_a_column_of_its_own():
+    """The recipes name another, that of the corpus they would warm up on."""
+    s = train.parse_flags("--preset smollm2-135m --model base --warm-data stdlib --warm-steps 1 --m-programs 2".split())
+    warm, rows = mstep.read_commented(s, *load_pretrained(ROOT / "base"))
+    assert s.warm_column == "content" and len(warm) == 2 and rows > 0 and all(any(t.thinks()) for t in warm)
+
+
 def test_a_diverged_step_is_not_taken(tmp_path):
     """One infinite gradient would make every weight nan, and sampling from those raises nothing."""
     model, _ = load_pretrained(ROOT / "base")
