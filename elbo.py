@@ -16,8 +16,9 @@ distribution at that *decision point*,
     q(think) = sum of p over the openers          q(act) = 1 - q(think)
     pi(first token of a_t) = p(token) / q(act)
 
-and log q + log pi add up to the log-probability of the infused text, exactly and token by token (`score`). A rationale
-ends where the next decision point says `act`: that last gate is part of q(z_t) too.
+and log q + log pi add up to the log-probability of the infused text, exactly and token by token (`score`). The choice between
+think and act is the *gate* of a decision point. There is one before each comment line and one before the action: a rationale
+ends where the gate says `act`, and that last gate is part of q(z_t) too.
 
 Symbols: B rows, T tokens, L lines, V vocabulary. All likelihoods are natural logarithms (nats).
 """
@@ -82,6 +83,10 @@ class Program:
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.lines))
+
+    def room(self, enc: tiktoken.Encoding, max_rationale: int) -> int:
+        """Tokens to leave free for a rationale anywhere in the program: its own, and a closing that had to be forced."""
+        return max_rationale + 1 + max(len(enc.encode_ordinary(c)) for c in set(self.closings))
 
     def trace(self) -> Trace:
         """The program without latents: <act> everywhere, which makes mid-training next-token prediction."""
@@ -353,4 +358,5 @@ def line_rewards(log_pi: Tensor, think: Tensor, broken: Tensor, gate: Tensor, fr
     floor: no line counts as worse than that many nats; one wrong rationale in ten costs 8 nats and would drown the other nine.
     """
     log_prior = torch.where(think, torch.tensor(p_think).log(), torch.tensor(1 - p_think).log())
-    return log_pi.clamp(min=-floor) - c * think + beta * torch.where(free, log_prior - gate, 0.0) - broken_cost * broken
+    price = torch.where(think, c, 0.0)                                               # c * think would be nan where an infinite c is not paid
+    return log_pi.clamp(min=-floor) - price + beta * torch.where(free, log_prior - gate, 0.0) - broken_cost * broken

@@ -6,8 +6,8 @@ predictable they made each of the expert's lines; q is moved towards what helped
     grad = E [ sum_t grad log q(z_t | s_t, z_{t-1}) (G_t - b_t) ]        G_t = sum_{j < horizon} gamma^j r_{t+j}
 
 with b_t the mean return at line t of the other K - 1 versions of the same program (`advantages`), and the reward r_t of
-`elbo.line_rewards`. What carries gradient is what q chose: the gate at each decision point and the rationale's tokens. The
-expert's tokens never do.
+`elbo.line_rewards`. (`horizon` truncates the return; the horizon T of the paper is the number of decisions.) What carries gradient
+is what q chose: the gate at each decision point and the rationale's tokens. The expert's tokens never do.
 
 Rollouts do not decode the expert's tokens, which are known. One pass scores all remaining lines of a program as if no more
 rationales came; the gates are drawn from it in order, up to the first that opens; the cache is rolled back to there, the
@@ -16,7 +16,7 @@ rationale is decoded, and the rest is scored again. The distribution is exactly 
 Where this departs from the paper, or where the paper is silent:
  1. The reward carries beta * (log p(gate) - log q(gate)) beside the fixed penalty c (see `elbo.line_rewards` for why).
  2. Rewards are sums over a line's tokens, in nats, as in Theorem 3.1; the paper's c = 0.05 seems to go with means per token.
- 3. A line's reward is cut off at -`floor` nats: the tail of rare, very wrong rationales makes most of the variance.
+ 3. A line's log-likelihood counts as no less than -`floor` nats: the tail of rare, very wrong rationales makes most of the variance.
  4. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
  5. One round of E-step and M-step unless `rounds` says otherwise, on one draw of latents per program; the M-step goes on from q's weights.
  6. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a longer, empty or unclosed one is
@@ -65,7 +65,7 @@ class _Rollout:
         start = self.t
         while self.t < len(self.program.lines):
             fits = room + self.spent >= 0
-            if self.forced or not fits or how == "never" or (how == "first" and self.t):
+            if self.forced or not fits or (how == "first" and self.t):
                 p, gate = 0.0, FORCED                               # the line must follow
             elif how in ("always", "first"):
                 p, gate = (0.0 if self.comments else 1.0), FORCED
@@ -121,9 +121,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
     out = [r.trace for r in rows]
     if mode == "never" or not rows:
         return [p.trace() for p in programs]
-    # Room for a rationale: its tokens, and a closing that had to be forced.
-    closing = {c: len(enc.encode_ordinary(c)) for c in {c for p in programs for c in p.closings}}
-    need = {id(p): max_rationale + 1 + max(closing[c] for c in p.closings) for p in programs}
+    need = {i: p.room(enc, max_rationale) for i, p in {id(p): p for p in programs}.items()}
     size = min(model.limit, max(len(p) + (1 if mode == "first" else len(p.lines)) * need[id(p)] for p in programs))
     distinct = {p: n for n, p in enumerate(dict.fromkeys(map(id, programs)))}
     slots = [distinct[id(p)] for p in programs]                 # a row's place in the cache: versions of a program begin alike, and share it
@@ -166,7 +164,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         live, decode = [not r.check(enc, max_rationale, max_comments) for r in rows], Decoder(model, cache)
         while any(live):
             # Rows that have finished ride along; their cache does not advance.
-            drawn = _draw(decode(torch.tensor(last, device=dev)), rows, live)                           # of (B, V)
+            drawn = _draw(decode(torch.tensor(last, device=dev)).float(), rows, live)                   # of (B, V)
             cache.length += torch.tensor(live, device=dev)
             for b, r in enumerate(rows):
                 if live[b]:

@@ -222,17 +222,17 @@ def parse_all(s, model: GPT, enc, name: str, texts, least: int) -> list[Program]
 
     Raises ValueError for a text that is not Python, if there are fewer than `least`, or if fewer than that fit.
     """
-    out, n, room = [], 0, model.limit - s.max_rationale
+    out, n = [], 0
     for n, (where, prompt, solution) in enumerate(texts, 1):
         try:
             p = elbo.parse(enc, prompt, solution, model.config.eos_id)
         except ValueError as e:
             raise ValueError(f"{name}: {where}: {e}") from None
-        out += [p] if len(p) <= room else []
+        out += [p] if len(p) + p.room(enc, s.max_rationale) <= model.limit else []
     if n < least:
         raise ValueError(f"{name}: {n} programs are there, {least} are needed; give more, or lower --rounds, --experts, --e-programs or --m-programs")
     if len(out) < least:
-        raise ValueError(f"{name}: {len(out)} of {n} programs fit the context with room for a rationale ({room} tokens), "
+        raise ValueError(f"{name}: {len(out)} of {n} programs fit the context of {model.limit} tokens with room for a rationale, "
                          f"{least} are needed; give more or shorter programs, or a model with a longer context")
     return out
 

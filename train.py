@@ -5,14 +5,14 @@
     python train.py --seeds 5                               # five seeds, means and standard errors in the report
     python train.py --ablations all --seeds 2               # figure 6 and more: c, return horizon, persistence, BRiTE, no RL
     python train.py --pretrain out/base                     # makes the base model that the others start from
-    python train.py --resume --name NAME                    # goes on where a killed run stopped
+    python train.py --resume --name NAME                    # goes on where a killed run stopped, with its settings
     python train.py --preset qwen2.5-1.5b --memory          # what a recipe for a real model needs; without --memory, runs it
 
-A run leaves runs/<name>/: config.json, metrics.jsonl, a checkpoint per stage, report.md and its figures.
+A run leaves runs/<name>/: config.json, report.md and its figures, and for each seed a folder with metrics.jsonl and a model per stage.
 
 Read it as: `Settings`, what can be set and why; `Run`, the plumbing all phases share (ranks, log, checkpoints, one optimizer
-step); the three phases, each a loop over the functions of its module; `experiment`, the paper's story in order. The report is
-at the end. Every random draw is seeded by what it is for, (seed, phase, step, problem, sample), so neither the number of ranks
+step); `Data` and `Scorer`; `mid_training` and `experiment`, the paper's story in order. The loop of each phase is in its own module
+(`estep.e_step`, `mstep.m_step`, `rlvr.grpo`), the report at the end. Every random draw is seeded by what it is for, (seed, phase, step, problem, sample), so neither the number of ranks
 nor a restart changes what is drawn.
 """
 import argparse
@@ -58,7 +58,7 @@ class Settings:
     seeds: int = option(1, "number of seeds; the report then shows means and standard errors")
     preset: str = option("world", "a recipe, see PRESETS; flags given beside it win")
     memory: bool = option(False, "print the memory that a GPU will need, and stop; needs no weights")
-    resume: bool = option(False, "go on with the run called --name")
+    resume: bool = option(False, "go on with the run called --name, with its settings; batch sizes and what else only changes memory and speed may be given anew")
     threads: int = option(0, "CPU threads per process; 0: all cores, shared among the ranks (more only get in each other's way)")
     ablations: str = option("", "variants of figure 6 and more to run instead of the main experiment: all, or some of ABLATIONS, such as c=0.2,BRiTE")
     pretrain: str = option("", "train the embedded world's base model from scratch into this folder, and stop")
@@ -101,7 +101,7 @@ class Settings:
     m_steps: int = option(100, "updates")
     m_programs: int = option(64, "programs per update")
     equal_compute: bool = option(True, "also train NTP for as much compute as RA3 took in all")
-    m_lr: float = option(3e-4, "AdamW's peak, after 10 steps of warm-up, decaying linearly to a tenth; best for NTP of 1e-4, 3e-4 and 1e-3")
+    m_lr: float = option(3e-4, "AdamW's, times a warm-up over 10 steps, times a linear fall to a tenth over all; best for NTP of 1e-4, 3e-4 and 1e-3")
     row_tokens: int = option(256, "length of packed rows; a longer program has a row of its own length")
     # RLVR
     rl_steps: int = option(20, "GRPO updates")
@@ -231,10 +231,12 @@ def parse_flags(argv: list[str] | None = None) -> Settings:
             ap.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=f.metadata["help"])
         else:
             ap.add_argument(flag, type=f.type, default=f.default, help=text)
-    preset = ap.parse_args(argv).preset
-    if preset not in PRESETS:
-        raise ValueError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-    ap.set_defaults(**PRESETS[preset])               # and once more: what the command line says still wins
+    given = ap.parse_args(argv)
+    if given.preset not in PRESETS:
+        raise ValueError(f"--preset {given.preset}: expected one of {', '.join(PRESETS)}")
+    ap.set_defaults(**PRESETS[given.preset])         # and once more: what the command line says still wins
+    if given.resume and (config := Path("runs") / given.name / "config.json").exists():
+        ap.set_defaults(**json.loads(config.read_text())["settings"])
     return Settings(**vars(ap.parse_args(argv)))
 
 
@@ -332,7 +334,7 @@ class Run:
         return self.records[-1]
 
     def stage(self, name: str, start: GPT, work) -> GPT:
-        """Train a copy of `start` by work(model) and keep it as runs/<name>/<stage>; a stage that is there is only loaded."""
+        """Train a copy of `start` by work(model) and keep it in the folder of that name; a stage that is there is only loaded."""
         folder = self.dir / name
         if not any(r.get("key") == f"cost/{name}" for r in self.records):
             self.use(None)                           # make room
@@ -361,7 +363,7 @@ class Run:
         return model
 
     def steps(self, stage: str, model: GPT, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0.0):
-        """Yield the steps still to do of 0..n-1, learning rate set: linear warm-up, then a linear fall by the share `decay`.
+        """Yield the steps still to do of 0..n-1, learning rate set: a linear warm-up times a linear fall by the share `decay`.
 
         State is saved on the way, and found again after a restart.
         """
@@ -675,14 +677,15 @@ def think_table(data: Data, traces: list[elbo.Trace]) -> dict:
             count = seen.setdefault(re.sub(r"(?<=x [-+<>] )\d+", "N", text), [0, 0])
             count[0], count[1] = count[0] + 1, count[1] + z
 
-    def rate(needed: bool) -> float:
-        # A computation is needed before a line with a constant, or before the loop that the line stands in.
-        counts = [c for form, c in seen.items() if (" N" in form or form == "out = []") == needed]
-        return sum(z for _, z in counts) / max(sum(n for n, _ in counts), 1)
+    def per_step(forms: list[str]) -> float:
+        # A step of the world is one line, or a loop, which begins with `out = []` and has its constant in an `if`: a rationale may stand before either.
+        return sum(seen[f][1] for f in forms) / max(sum(seen[f][0] for f in forms if not f.startswith("if ")), 1)
+    needed = [f for f in seen if " N" in f or f == "out = []"]
+    others = [f for f in seen if f.startswith("xs = ") and " N" not in f and f != "xs = out"]
     programs = [[data.enc.decode([x for x, k in zip(t.tokens, t.kind) if k in kinds]) for kinds in
                  ((elbo.PROMPT, elbo.ACTION), (elbo.PROMPT, elbo.ACTION, elbo.LATENT))] for t in traces[:6]]
-    return dict(think=sum(z for _, z in seen.values()) / sum(n for n, _ in seen.values()), think_needed=rate(True),
-                think_other=rate(False), forms={form: [n, z / n] for form, (n, z) in sorted(sorted(seen.items(), key=lambda x: -x[1][0])[:20])}, programs=programs)
+    return dict(think=sum(z for _, z in seen.values()) / sum(n for n, _ in seen.values()), think_needed=per_step(needed),
+                think_other=per_step(others), forms={form: [n, z / n] for form, (n, z) in sorted(sorted(seen.items(), key=lambda x: -x[1][0])[:20])}, programs=programs)
 
 
 def rounds(run: Run, model: GPT, data: Data):
@@ -770,7 +773,8 @@ def chosen(s: Settings) -> dict[str, dict]:
 def ablation(run: Run, base: GPT, data: Data, box: Sandbox):
     """One variant of mid-training, without RLVR. All variants of a seed have one warm-up, in a folder beside theirs."""
     scorer = Scorer(run, data, box)
-    base = warm_up(Run(run.s, run.dir.parent.parent / run.dir.name, run.seed, run.enc), base, data, box)
+    if run.s.warm_steps:
+        base = warm_up(Run(run.s, run.dir.parent.parent / run.dir.name, run.seed, run.enc), base, data, box)
     model = mid_training(run, base, data, scorer)
     run.once("eval/ra3", lambda: scorer.full(model))
 
@@ -796,9 +800,13 @@ def paired_p(a: list[float], b: list[float]) -> float:
     return 0.5 - pdf.mean() * t
 
 
+def shown(values: list[float], digits: int) -> str:
+    m, se = mean_se(values)
+    return f"{m:.{digits}f}" + (f" ± {se:.{digits}f}" if not math.isnan(se) else "")
+
+
 def percent(values: list[float]) -> str:
-    m, se = mean_se([100 * v for v in values])
-    return f"{m:.1f}" + (f" ± {se:.1f}" if not math.isnan(se) else "")
+    return shown([100 * v for v in values], 1)
 
 
 class Results:
@@ -883,7 +891,7 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
         plot(folder / "estep_uplift.png", "Return with a rationale minus without", "nats", {"lines where versions differ": res.curve("estep", "uplift")})
         text += ["", "## Figure 1: the E-step", "", "![reward](estep_reward.png) ![think rate](estep_think.png) ![what thinking earns](estep_uplift.png)", ""]
     think = {k: percent(res.value("rationales", k)) for k in ("think", "think_needed", "think_other")}
-    where = f"; {think['think_needed']}% where a computation is needed, {think['think_other']}% elsewhere" if s.benchmark == "world" else ""
+    where = f"; {think['think_needed']} per 100 steps with a constant to be worked out, {think['think_other']} per 100 without" if s.benchmark == "world" else ""
     text += [f"Held-out programs, infused by q: a rationale before {think['think']}% of lines{where}.", "", "| line | lines | think |", "|---|---|---|"]
     text += [f"| `{form}` | {n} | {z:.0%} |" for form, (n, z) in res.value("rationales", "forms")[0].items()]
     if any(res.value("gain/estep", "lines")):
@@ -905,7 +913,7 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
     plot(folder / "mid_accuracy.png", "Accuracy during mid-training", "greedy pass@1", {ARMS[a]: res.curve(a, "greedy") for a in mid})
     last = {a: res.curve(a, "nll")[1][:, -1] for a in ("ntp", "ntp-long", "ra3") if a in arms}
     text += ["## Figures 3 and 4: the M-step", "", "![cross-entropy](mstep_nll.png) ![accuracy](mid_accuracy.png)", "",
-             "Action cross-entropy at the end, nats per token: " + ", ".join(f"{ARMS[a]} {mean_se(v)[0]:.4f} ± {mean_se(v)[1]:.4f}" for a, v in last.items()) + ".", ""]
+             "Action cross-entropy at the end, nats per token: " + ", ".join(f"{ARMS[a]} {shown(v, 4)}" for a, v in last.items()) + ".", ""]
     numbers |= {f"nll {a}": round(float(v.mean()), 5) for a, v in last.items()} | {k: round(float(np.mean(res.value("rationales", k))), 4) for k in think}
     if rl:
         curves = {ARMS[a]: res.curve(f"rlvr-{a}", "greedy") for a in rl}
@@ -922,13 +930,13 @@ def report(folder: Path, seeds: list[int], s: Settings) -> dict:
 
 def report_ablations(folder: Path, seeds: list[int], s: Settings) -> dict:
     """Write report.md of the ablations; returns the numbers of its last line."""
-    names, rates = scores(s), {"think": "think rate"} | ({"think_needed": "where needed"} if s.benchmark == "world" else {})
+    names, rates = scores(s), {"think": "lines with a rationale (%)"} | ({"think_needed": "rationales per 100 steps that need one"} if s.benchmark == "world" else {})
     text = ["| " + " | ".join(["variant", *rates.values(), "action cross-entropy (nats/token)", heads(names)]) + " |", "|---" * (2 + len(rates) + len(names)) + "|"]
     numbers, curves = {}, {}
     for name in chosen(s):
         res = Results([folder / slug(name) / f"seed{seed}" for seed in seeds])
         nll = res.curve("ra3", "nll")[1][:, -1]
-        text.append("| " + " | ".join([name, *(percent(res.value("rationales", k)) + "%" for k in rates), f"{mean_se(nll)[0]:.4f}",
+        text.append("| " + " | ".join([name, *(percent(res.value("rationales", k)) for k in rates), f"{mean_se(nll)[0]:.4f}",
                                        *(percent(res.value("eval/ra3", k)) for k in names)]) + " |")
         numbers[name] = {k: round(mean_se(res.value("eval/ra3", k))[0], 4) for k in names}
         curves[name] = res.curve("ra3", "greedy")
@@ -962,10 +970,13 @@ def versions() -> dict:
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 
+FREE = ("micro_batch", "sample_batch", "checkpoint_blocks", "save_every", "data_dir")        # a run that ran out of memory may go on with less
+
+
 def start_folder(s: Settings, unfit: dict[str, str]) -> Path:
     """Make runs/<name> with its config.json: settings, problems unfit for RL, versions.
 
-    Of a run to be resumed, check that it is there and was started with the same settings.
+    Of a run to be resumed, check that it is there and was started with the same settings (but for those FREE to change).
     """
     folder = Path("runs") / (s.name or time.strftime("%Y%m%d-%H%M%S"))
     config = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("name", "resume", "threads")}
@@ -974,7 +985,7 @@ def start_folder(s: Settings, unfit: dict[str, str]) -> Path:
             raise ValueError(f"{folder} holds no run to resume; leave out --resume to start one")
         old = json.loads((folder / "config.json").read_text())["settings"]
         for k, v in config.items():
-            if old.get(k) != v:
+            if k not in FREE and old.get(k) != v:
                 raise ValueError(f"--{k.replace('_', '-')} {v}: {folder} was started with {old.get(k)}; resume with the same settings")
     elif folder.exists():
         raise ValueError(f"{folder} exists; go on with it by --resume, or choose another --name")

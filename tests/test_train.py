@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import bench
+import elbo
 import mstep
 import train
 from model import load_pretrained
@@ -101,7 +102,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
         assert process.poll() is None, f"the run ended before {victim} could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        flags = [*SMALL, "--name", "cut", "--resume"]
+        flags = ["--name", "cut", "--resume", "--threads", "1"]           # all else it knows; batches cut otherwise would only change rounding
     done = run(tmp_path, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     timeless = lambda rs: [{k: v for k, v in r.items() if k not in ("seconds", "compute")} for r in rs]
@@ -276,6 +277,26 @@ def test_an_existing_run_is_not_overwritten(whole, monkeypatch):
     where = whole[0].parent.parent
     assert "--resume" in refused(where, monkeypatch, "--name", "one")
     assert "was started with" in refused(where, monkeypatch, "--name", "one", "--resume", "--e-lr", "0.5")
+
+
+def test_a_run_goes_on_with_its_own_settings_but_for_those_that_its_result_does_not_depend_on(whole, monkeypatch):
+    monkeypatch.chdir(whole[0].parent.parent)
+    s = train.parse_flags(["--resume", "--name", "one", "--micro-batch", "3"])
+    assert (s.e_steps, s.micro_batch, s.rl_steps) == (4, 3, int(SMALL[SMALL.index("--rl-steps") + 1]))
+    assert train.start_folder(s, {}) == Path("runs/one")
+
+
+def test_a_loop_is_one_step_where_rationales_per_step_are_counted():
+    enc = bench.train_tokenizer()
+    program = elbo.parse(enc, "def f(xs):\n   ", " xs = [x + 3 for x in xs]\n    out = []\n    for x in xs:\n        if x > 4:\n            out.append(x)\n"
+                         "    xs = out\n    xs = sorted(xs)\n    return xs\n", enc.eot_token)
+    trace = elbo.Trace()
+    for t, line in enumerate(program.lines):
+        trace.add([1] if t in (0, 3) else [], elbo.LATENT, t)             # before the constant of the first step, and of the loop
+        trace.add(line, elbo.ACTION, t)
+    data = train.Data(enc, *[None] * 8)
+    table = train.think_table(data, [trace])
+    assert (table["think"], table["think_needed"], table["think_other"]) == (2 / 8, 1.0, 0.0)
 
 
 def test_the_paired_t_test_agrees_with_known_values():
