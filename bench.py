@@ -35,8 +35,10 @@ import re
 import sys
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from math import comb
 from pathlib import Path
 from statistics import mean, stdev
@@ -62,11 +64,19 @@ class Problem:
     tests: tuple = ()                    # assert statements; or one source that defines check(candidate); or (stdin, stdout) pairs
     kind: str = "asserts"                # which of them: "asserts", "check" or "stdio"
     names: tuple[str, ...] = ("f",)      # what the tests use of the program; for a check the expression that it calls
-    setup: str = ""                      # trusted code of the benchmark: asserts run it after the program, a check before it
+    setup: str = ""                      # trusted code of the benchmark: asserts run it after the program, the others before it
     prose: bool = False                  # the prompt is no code (few-shot): the completion alone is the program
     stop: tuple[str, ...] = ()           # texts at which a completion ends
     timeout_s: float | None = None       # CPU seconds for a program, with stdio for each case; None: the sandbox's own
     date: str = ""                       # of publication, YYYY-MM-DD, where known
+
+    def __post_init__(self):
+        """Raises TypeError for a field of another type than the sandbox will take: rows of data may hold anything."""
+        texts = [self.id, self.prompt, self.solution, self.setup, *self.names, *self.tests]
+        if self.kind == "stdio":
+            texts = [*texts[:4], *(text for given, wanted in self.tests for text in (given, wanted))]
+        if odd := [x for x in texts if not isinstance(x, str)]:
+            raise TypeError(f"{odd[0]!r:.40} stands where a text should")
 
     def job(self, completion: str):
         """The sandbox job that tests prompt + completion."""
@@ -77,7 +87,7 @@ class Problem:
         if self.kind == "check":
             return Check(program, self.tests[0], self.names[0], self.setup, self.timeout_s)
         if self.kind == "stdio":
-            return Stdio(program, self.tests, self.timeout_s)
+            return Stdio(program, self.tests, self.setup, self.timeout_s)
         return Asserts(program, self.tests, self.setup, self.names, self.timeout_s)
 
 
@@ -91,20 +101,27 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
+def end_of(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where a completion ends: at the first of the stop texts; quotes are one only where they do not close what others have opened."""
+    found = [m.start() for s in stop for m in re.finditer(re.escape(s), text) if not ('"""' in s and text.count('"""', 0, m.start()) % 2)]
+    return min(found, default=None)
+
+
 def stopper(enc, stop: tuple[str, ...]):
     """The `stop` of `generate`: has one of the texts just appeared? Every token is a byte or more, so a short tail will show it."""
     tail = max(len(s.encode()) for s in stop)
 
     def stopped(tokens: list[int]) -> bool:
         text = enc.decode(tokens[-tail:])
-        return any(s in text for s in stop)
+        return any(s in text for s in stop) and end_of(enc.decode(tokens), stop) is not None
     return stopped
 
 
-def completion(enc, tokens: list[int], eos: int, stop: tuple[str, ...] = ()) -> str:
-    """Text of sampled tokens, up to the end of the document or the first stop text."""
-    text = enc.decode([t for t in tokens if t != eos])
-    return text[:min([text.find(s) for s in stop if s in text], default=len(text))]
+def completion(enc, tokens: list[int], stop: tuple[str, ...] = ()) -> str:
+    """Text of sampled tokens, up to the first special token (an end of the document, of which some models have several) or stop text."""
+    special = set(enc._special_tokens.values())
+    text = enc.decode(list(takewhile(lambda t: t not in special, tokens)))
+    return text[:end_of(text, stop)]
 
 
 def judge(box: Sandbox, jobs: list) -> list[Verdict]:
@@ -122,10 +139,10 @@ def sample(model: GPT, enc, problems: list[Problem], seeds: list, *, max_new_tok
         ids = [i for i, p in enumerate(problems) if p.stop == stop]
         done = generate(model, [encode_prompt(enc, problems[i].prompt) for i in ids], max_new_tokens=max_new_tokens,
                         seeds=[seeds[i] for i in ids], temperature=temperature, batch_size=batch_size,
-                        stop=stopper(enc, stop) if stop else None)
+                        stop_ids=(model.config.eos_id, *enc._special_tokens.values()), stop=stopper(enc, stop) if stop else None)
         for i, s in zip(ids, done):
             out[i] = s
-    return out, [completion(enc, s.tokens, model.config.eos_id, p.stop) for p, s in zip(problems, out)]
+    return out, [completion(enc, s.tokens, p.stop) for p, s in zip(problems, out)]
 
 
 def attempt(model: GPT, enc, problems: list[Problem], seeds: list, box: Sandbox, **how) -> tuple[list[Sample], list[bool]]:
@@ -173,7 +190,7 @@ def score(rows: Iterable[dict]) -> dict[str, dict]:
 def score_file(path) -> dict[str, dict]:
     """`score` of a results file. Raises ValueError if it holds no sample or cannot be read."""
     rows = [r for r in local_rows([Path(path)]) if "benchmark" in r]
-    if not rows or any(not {"id", "passed"} <= r.keys() for r in rows):
+    if not rows or any(not ({"id", "passed"} <= r.keys() and isinstance(r["id"], str) and isinstance(r["benchmark"], str)) for r in rows):
         raise ValueError(f"{path} is not a results file: expected lines with benchmark, id and passed, as bench.py --out writes them")
     return score(rows)
 
@@ -376,7 +393,7 @@ def local_rows(files: list[Path]) -> Iterator[dict]:
                 import datasets
                 yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
             elif file.suffix == ".py":
-                yield {"text": file.read_text(encoding="utf-8", errors="surrogateescape")}      # which no parser takes for Python
+                yield {"text": file.read_text(encoding="utf-8-sig", errors="surrogateescape")}      # which no parser takes for Python
             else:
                 with open(file, encoding="utf-8") as f:
                     for n, line in enumerate(f, 1):
@@ -399,11 +416,11 @@ def hub_rows(name: str, split: str, subset: str | None = None, files: str | None
         else:
             data = datasets.load_dataset(name, subset, split=split, streaming=not constants.HF_HUB_OFFLINE)
         yield from data.skip(start)
-    except errors.GatedRepoError:
-        raise ValueError(f"the dataset {name!r} is gated: accept its terms on its page on the hub, then run `hf auth login`") from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise ValueError(f"there is no file, folder or hub dataset {name!r}: check the spelling (a private one needs `hf auth login`)") from None
     except Exception as e:                                                # the many ways of a network to fail
+        if any(isinstance(x, errors.GatedRepoError) for x in (e, e.__cause__)):                           # `datasets` wraps it
+            raise ValueError(f"the dataset {name!r} is gated: accept its terms on its page on the hub, then run `hf auth login`") from None
+        if isinstance(e, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+            raise ValueError(f"there is no file, folder or hub dataset {name!r}: check the spelling (a private one needs `hf auth login`)") from None
         raise ValueError(f"there is no file or folder {name!r}, and the hub dataset of that name, split {split!r}, cannot be read "
                          f"({one_line(e)}): check the connection and the name, or give local files") from None
 
@@ -444,7 +461,7 @@ def docstring(*parts: str) -> str:
 
 
 def humaneval(r: dict) -> Problem:
-    return Problem(r["task_id"], *cut(r["prompt"], r["canonical_solution"]), (r["test"],), "check", (r["entry_point"],), r["prompt"])
+    return Problem(str(r["task_id"]), *cut(r["prompt"], r["canonical_solution"]), (r["test"],), "check", (r["entry_point"],), r["prompt"])
 
 
 SHOT = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]\n"
@@ -457,7 +474,7 @@ def mbpp(r: dict, shots: list[dict] = ()) -> Problem:
     tests = (r["test"],) if "test" in r else tuple(r["test_list"])                                    # MBPP+ has one long test
     prompt, solution = cut(docstring(text, "\n".join(r["test_list"])), code)
     if shots:
-        ask = [SHOT.format(s["text"], "\n".join(s["test_list"])) for s in (*shots, r)]
+        ask = [SHOT.format(s["text" if "text" in s else "prompt"], "\n".join(s["test_list"])) for s in (*shots, r)]
         prompt = "".join(f"{q}{plain(s['code'])}[DONE]\n\n" for q, s in zip(ask, shots)) + ask[-1]
     return Problem(f"mbpp/{r['task_id']}", prompt, solution, tests, "asserts", names_under_test(code, (setup, *r["test_list"])), setup, bool(shots))
 
@@ -479,21 +496,29 @@ def decode_cases(column: str) -> list[dict]:
     return json.loads(column)
 
 
+MODULES = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json".split()
 LISTED = "def listed(x):\n    return [listed(y) for y in x] if isinstance(x, (list, tuple)) else x\n\n"      # a tuple will do for a list
-IMPORTS = "\n".join(f"from {m} import *" for m in "typing functools collections itertools heapq bisect string operator math".split()) \
-    + "\nimport math\n"
+IMPORTS = "\n".join([*(f"from {m} import *" for m in (*MODULES, "builtins", "typing")), *(f"import {m}" for m in MODULES),
+                     "sys.setrecursionlimit(50000)\n"])                                      # what LiveCodeBench's own harness sets before a program
 
 
 def livecodebench(r: dict) -> Problem:
-    """LeetCode's problems call a method, with arguments and result in JSON; the others read stdin."""
+    """LeetCode's problems call a method, with arguments and result in JSON, all cases in one test; the others read stdin."""
     cases = decode_cases(r["public_test_cases"]) + decode_cases(r["private_test_cases"] or "[]")
     prompt, date = cut(docstring(r["question_content"], r["starter_code"]))[0], str(r["contest_date"])[:10]
     if not r["starter_code"].strip():
-        return Problem(f"lcb/{r['question_id']}", prompt, "", tuple((c["input"], c["output"]) for c in cases), "stdio", (), date=date)
+        return Problem(f"lcb/{r['question_id']}", prompt, "", tuple((c["input"], c["output"]) for c in cases), "stdio", (), IMPORTS, date=date)
     lines = [f"    assert listed(candidate(*{[json.loads(x) for x in c['input'].splitlines()]!r})) == {json.loads(c['output'])!r}\n" for c in cases]
     entry = f"Solution().{json.loads(r['metadata'])['func_name']}"
     check = LISTED + "def check(candidate):\n" + "".join(lines)
-    return Problem(f"lcb/{r['question_id']}", prompt, "", (check,), "check", (entry,), IMPORTS, date=date)
+    return Problem(f"lcb/{r['question_id']}", prompt, "", (check,), "check", (entry,), IMPORTS, timeout_s=min(6.0 * len(cases), 60.0), date=date)
+
+
+def is_python(source: str) -> bool:
+    try:
+        return bool(statements(plain(source)))
+    except ValueError:
+        return False
 
 
 def code_contests(r: dict, codeforces: bool = False) -> Problem | None:
@@ -501,8 +526,8 @@ def code_contests(r: dict, codeforces: bool = False) -> Problem | None:
     if r["input_file"] or codeforces and r["source"] != 2:
         return None
     kinds = [r[k] for k in ("public_tests", "private_tests", "generated_tests")]
-    solutions = [s for s, language in zip(r["solutions"]["solution"], r["solutions"]["language"]) if language == 3]
-    return Problem(r["name"], *cut(docstring(r["description"]), *solutions[:1]),
+    solutions = [s for s, language in zip(r["solutions"]["solution"], r["solutions"]["language"]) if language == 3 and is_python(s)]
+    return Problem(str(r["name"]), *cut(docstring(r["description"]), *solutions[:1]),
                    tuple(case for k in kinds for case in zip(k["input"], k["output"])), "stdio", ())
 
 
@@ -549,7 +574,7 @@ SOURCES = {
 def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "", until: str = "") -> list[Problem]:
     """The problems of a benchmark, in the order of its rows: `benchmark[:split][@where]`, or "world".
 
-    `@where` names another hub dataset or JSONL file with rows of the same columns: `leetcode:train@me/my-problems`.
+    `@where` names another hub dataset, file (JSONL, Parquet) or folder of them with rows of the same columns: `leetcode:train@me/my-problems`.
     Several benchmarks, with commas between, are read one after the other; a problem that two of them hold (MBPP, MBPP+) counts once.
     data_dir: a folder with JSONL files as in `Source.files`; None: the hub. since, until: dates YYYY-MM-DD, the second excluded; problems
     without a date stay. Raises ValueError for an unknown name, what cannot be read, a row without a column, or if no problem is left.
@@ -577,7 +602,8 @@ def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "",
 
     def rows(split: str) -> Iterator[dict]:
         if where is not None and split != "prompt":
-            return local_rows([where]) if where.is_file() else hub_rows(str(where), split)
+            files = [where] if where.is_file() else sorted(f for f in where.rglob("*") if f.suffix in (".jsonl", ".parquet"))
+            return local_rows(files) if files else hub_rows(str(where), split)
         if data_dir is None:
             return hub_rows(source.hub, split, source.subset, source.hub_files)
         pattern = source.files.format(split)
@@ -589,6 +615,7 @@ def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "",
         raise ValueError(f"{name}: the split 'prompt' lacks one of the examples {source.shots}; take it from {source.hub}, or use mbpp-docstring")
     make = partial(source.problem, shots=shots) if shots else source.problem
     out: list[Problem] = []
+    ids: Counter = Counter()
     for n, row in enumerate(rows(split or source.split), 1):
         try:
             with warnings.catch_warnings():
@@ -599,7 +626,8 @@ def load(name: str, data_dir=None, *, limit: int | None = None, since: str = "",
         except Exception as e:                                            # nothing is known of a row that is not what it should be
             raise ValueError(f"{name}: row {n} is unreadable ({one_line(e)}): expected a row like those of {source.hub}") from None
         if p and p.tests and (not p.date or since <= p.date < (until or "9999")):
-            out.append(replace(p, stop=source.stop, timeout_s=source.timeout_s))
+            ids[p.id] += 1                                                # scores are by id: no two problems may share one
+            out.append(replace(p, id=p.id + f"#{ids[p.id]}" * (ids[p.id] > 1), stop=source.stop, timeout_s=p.timeout_s or source.timeout_s))
         if len(out) == limit:
             break
     if not out:
@@ -685,7 +713,7 @@ def command(args: argparse.Namespace) -> dict:
     for name in ("samples", "max_new_tokens", "batch_size", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
-    if args.temperature < 0 or args.temperature == 0 < args.samples - 1:
+    if not 0 <= args.temperature < float("inf") or args.temperature == 0 < args.samples - 1:
         raise ValueError(f"--temperature {args.temperature:g} does not do for {args.samples} samples: it must be 0 for one greedy sample, "
                          "or positive, say 0.8")
     if args.score:

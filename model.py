@@ -10,6 +10,7 @@ checkpoints, so loading and saving need no table of names, and what is trained h
 
 Shapes: B rows, T new tokens, S cached positions, D width, H query heads, K key/value heads, C width of a head, V vocabulary.
 """
+import errno
 import itertools
 import json
 import math
@@ -49,7 +50,7 @@ class GPTConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = True
-    eos_id: int = 0                     # ends a document; also the padding, which no loss and no attention ever sees
+    eos_id: int = 0                     # ends a document
 
     @property
     def groups(self) -> int:
@@ -571,13 +572,17 @@ def find_model(name, *patterns: str) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise FileNotFoundError(f"{nowhere} and no such model on the hub: check the spelling (private ones need `hf auth login`)") from None
     except Exception as e:                                          # the many ways of a network to fail
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise                                                   # it is the disk
         raise OSError(f"{nowhere}, and the hub did not answer for a model of that name ({str(e).strip().partition(chr(10))[0]}): "
                       "check the connection, or give the path of a downloaded folder") from None
 
 
 def read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content := json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError(f"a {type(content).__name__} where an object should be")
+        return content
     except FileNotFoundError:
         raise FileNotFoundError(f"{file.parent} has no {file.name}: give the folder of a model in the Hugging Face layout") from None
     except ValueError as e:
@@ -611,21 +616,21 @@ def read_config(folder: Path) -> GPTConfig:
     """The GPTConfig of a config.json. Raises ValueError for whatever this network does not compute: it must not be passed over."""
     file = folder / "config.json"
     c = {"hidden_act": "silu", "rope_theta": 10_000.0, "tie_word_embeddings": False, **read_json(file)}
-    rope = c.get("rope_parameters") or {"rope_theta": c["rope_theta"], **(c.get("rope_scaling") or {})}    # transformers 5, or older
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     known = dict(model_type=("llama", "qwen2", "qwen3"), hidden_act=("silu",), attention_bias=(None, False), mlp_bias=(None, False),
                  use_sliding_window=(None, False), quantization_config=(None,), rope_type=("default", "llama3"))
-    for key, values in known.items():
-        if (value := {**c, "rope_type": rope_type}.get(key)) not in values:
-            raise ValueError(f"{file}: {key} {value!r} is not supported, only {' or '.join(map(repr, values))}")
     try:
+        rope = c.get("rope_parameters") or {"rope_theta": c["rope_theta"], **(c.get("rope_scaling") or {})}    # transformers 5, or older
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        for key, values in known.items():
+            if (value := {**c, "rope_type": rope_type}.get(key)) not in values:
+                raise ValueError(f"{file}: {key} {value!r} is not supported, only {' or '.join(map(repr, values))}")
         c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
         c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
         c["eos_token_id"] = c["eos_token_id"][0] if isinstance(c["eos_token_id"], list) else int(c["eos_token_id"])
         return GPTConfig(**{ours: c[theirs] for ours, theirs in HUB_NAMES.items()}, rope_theta=float(rope["rope_theta"]),
                          rope_scaling={k: rope[k] for k in LLAMA3_SCALING} if rope_type == "llama3" else None,
                          qkv_bias=c["model_type"] == "qwen2", qk_norm=c["model_type"] == "qwen3")
-    except (KeyError, TypeError, IndexError) as e:
+    except (KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as e:
         raise ValueError(f"{file}: an entry is missing or of a wrong type ({e}): take config.json from the model's own page") from None
 
 
@@ -652,6 +657,10 @@ GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\
 VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 BYTE_OF = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
 CHAR_OF = {b: c for c, b in BYTE_OF.items()}
+
+
+# Files that go with tokenizer.json from folder to folder: `transformers` wants the first, vLLM looks into the second for all tokens that end a text.
+BESIDE = ("tokenizer_config.json", "generation_config.json")
 
 
 class HubEncoding(tiktoken.Encoding):
@@ -683,7 +692,7 @@ def load_tokenizer(name) -> tiktoken.Encoding:
     tokens; real code does contain such strings (SmolLM2 has <filename>), so encode a corpus with `encode_ordinary`, which never
     reads them as tokens. Raises OSError if there is no such file, ValueError if it is of another kind.
     """
-    file = find_model(name, "tokenizer.json", "tokenizer_config.json") / "tokenizer.json"
+    file = find_model(name, "tokenizer.json", *BESIDE) / "tokenizer.json"
     spec = read_json(file)
 
     def need(fact, otherwise):
@@ -748,14 +757,14 @@ def cuts(pre: dict) -> str | None:
 
 
 def save_tokenizer(enc: tiktoken.Encoding, folder):
-    """Write tokenizer.json (and the tokenizer_config.json that `transformers` wants), for load_tokenizer and every other tool.
+    """Write tokenizer.json (and BESIDE it what other tools want), for load_tokenizer and every other tool.
 
     An encoding that came from load_tokenizer has its files copied; another is one of this project's own making: ValueError if it
     does not cut its text as GPT-2 does, or has a token that no merge makes.
     """
     folder = Path(folder)
     if isinstance(enc, HubEncoding):
-        for file in (enc.source, enc.source.with_name("tokenizer_config.json")):
+        for file in (enc.source, *map(enc.source.with_name, BESIDE)):
             if file.exists():
                 write_whole(folder / file.name, lambda tmp: shutil.copyfile(file, tmp))
         return

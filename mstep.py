@@ -141,7 +141,8 @@ def standard_library() -> str:
 
 @dataclass
 class Corpus:
-    """Python programs of a hub dataset, of a JSONL, Parquet or .py file, or of a folder of them: iterate to read on.
+    """Python programs of a hub dataset, of a JSONL, Parquet or .py file, or of a folder of them (but for .py files in folders called
+    test, tests or site-packages): iterate to read on.
 
         for program in Corpus("codeparrot/codeparrot-clean-valid", "content", limit=2048, size=lambda s: len(enc.encode_ordinary(s))):
 
@@ -167,8 +168,8 @@ class Corpus:
         if not path.exists():
             return hub_rows(self.name, self.split, self.subset, start=start)
         files = [path] if path.is_file() else sorted(
-            f for f in path.rglob("*") if f.suffix in (".py", ".jsonl", ".parquet")
-            and not {"site-packages", "test", "tests"} & set(f.relative_to(path).parts))
+            f for f in path.rglob("*") if f.suffix in (".jsonl", ".parquet")
+            or f.suffix == ".py" and not {"site-packages", "test", "tests"} & set(f.relative_to(path).parts))
         if not files:
             raise ValueError(f"the folder {self.name!r} has no .py, .jsonl or .parquet file: give one that has, or a hub name")
         return islice(local_rows(files), start, None)
@@ -199,7 +200,7 @@ class Corpus:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tree = ast.parse(text)                                    # the tokenizer alone takes English for Python
-        except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, AttributeError, RecursionError, MemoryError):
             self.dropped["not Python"] += 1
             return []
         if not tree.body:

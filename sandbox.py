@@ -121,10 +121,12 @@ class Stdio(NamedTuple):
     """A program from stdin to stdout: LiveCodeBench, Codeforces. One process per case, up to the first that fails.
 
     cases: pairs (stdin, expected stdout), compared token by token, with a tolerance where a float is expected.
+    prelude: trusted, not secret (imports): runs before `source`, in the same namespace.
     timeout_s: CPU seconds of each case, and a quarter of its wall seconds; None: the sandbox's own.
     """
     source: str
     cases: tuple[tuple[str, str], ...]
+    prelude: str = ""
     timeout_s: float | None = None
 
 
@@ -793,7 +795,7 @@ class _Runner:
         return _Program(self.zygote, timeout_s, files)
 
     def check(self, job):
-        space = self.namespace()
+        space, depth = self.namespace(), sys.getrecursionlimit()
         try:
             exec(_compile(job["prelude"], "<prelude>"), space)
             classes = _classes_of(space)
@@ -801,6 +803,8 @@ class _Runner:
             check = space["check"]
         except Exception as error:
             raise InvalidJob(f"its tests fail before they call the candidate: {_line(error)}") from None
+        finally:
+            sys.setrecursionlimit(depth)               # LiveCodeBench's imports raise it for the program; a worker's answers would overflow its stack
 
         def steps(program):
             program.load(job, classes)
@@ -889,7 +893,7 @@ class _Runner:
                 try:
                     program.start_clock()
                     # One message comes back at most, with the exception; its word counts for the detail only.
-                    program.socket.sendall(_frame({"source": job["source"]}))
+                    program.socket.sendall(_frame({"prelude": job["prelude"], "source": job["source"]}))
                     answer = _receive(program.socket, MAX_MESSAGE)
                     error = [str(part) for part in answer["error"]]
                     _receive(program.socket, MAX_MESSAGE)
@@ -1176,13 +1180,14 @@ def _candidate(zygote, fds, timeout_s, seccomp):
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != zygote:
         os._exit(1)
-    _set_limit(resource.RLIMIT_CPU, math.ceil(timeout_s) + 2)    # it can only matter if the worker is not there to kill it
+    # It should only matter if the worker is not there to kill it; it counts by ticks, on a busy machine up to half too many.
+    _set_limit(resource.RLIMIT_CPU, 2 * math.ceil(timeout_s) + 2)
     if libc.prctl(PR_SET_SECCOMP, 2, seccomp, 0, 0):
         os._exit(1)
     sock = _Channel()
     request = _receive(sock, MAX_JOB)
     if files:
-        _run_script(sock, request["source"])
+        _run_script(sock, request["prelude"], request["source"])
     else:
         _serve_calls(sock, request)
 
@@ -1262,10 +1267,10 @@ def _serve_calls(sock, request):
             answer = _frame({"error": _describe(error), "ticket": ticket})
 
 
-def _run_script(sock, source):
+def _run_script(sock, prelude, source):
     sys.modules["__main__"] = module = types.ModuleType("__main__")
     status = 0
-    error = _run_program(source, vars(module))
+    error = (_run_program(prelude, vars(module)) if prelude else None) or _run_program(source, vars(module))
     if error and error[1] == "SystemExit":
         status, error = error[3], None
     try:                               # as at the end of a real interpreter: wait for threads, run atexit, flush

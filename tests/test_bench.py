@@ -115,7 +115,7 @@ def test_several_benchmarks_are_read_one_after_the_other(data):
 
 def test_livecodebench_rows_and_date_window(data):
     stdin, method = load("livecodebench", data)
-    assert stdin.job("x") == Stdio(stdin.prompt + "x", (("1\n", "2\n"), ("4\n", "8\n")), 10.0)  # public and private
+    assert stdin.job("x") == Stdio(stdin.prompt + "x", (("1\n", "2\n"), ("4\n", "8\n")), bench.IMPORTS, 10.0)  # public and private
     assert stdin.prompt.startswith('r"""') and compile(stdin.prompt, "p", "exec")               # \u would be an escape
     assert method.kind == "check" and method.names == ("Solution().pair",) and "def pair(self, x: int" in method.prompt
     ids = lambda **window: [p.id for p in load("livecodebench", data, **window)]
@@ -163,6 +163,28 @@ def test_references_of_the_rows_pass_and_wrong_ones_fail(data, box):
     assert [v.passed for v in box.run(good + bad)] == [True, True, False, False]
 
 
+def test_livecodebench_programs_find_the_names_that_its_own_harness_sets(data, box):
+    """Competitors' programs rely on them; `pow` must be Python's, which the one of `math` would hide."""
+    stdin, method = load("livecodebench", data)
+    lines = ["assert pow(2, 10, 1000) == 24", "heapq.heapify([x])", "assert bisect.bisect_left([1], x) < 2", "assert Counter('a') == collections.Counter('a')",
+             "assert re.sub('a', 'b', 'a') == 'b' and sys.maxsize < inf", "deepcopy([x])", "assert gcd(4, 6) == math.gcd(4, 6) == 2",
+             "depth = lambda n: n and 1 + depth(n - 1)", "assert depth(5000) == 5000", "d: Optional[List[int]] = None"]
+    jobs = [stdin.job("\n".join(["x = int(input())", *lines, "print(2 * x)"])),
+            method.job("\n        ".join(["class Solution:\n    def pair(self, x: int, y: int) -> List[int]:", *lines, "return [x, y]"]))]
+    assert [(v.kind, v.detail) for v in box.run(jobs)] == [("passed", "")] * 2
+
+
+def test_problems_of_one_name_are_told_apart(data, tmp_path):
+    write(tmp_path / "openai_humaneval/test.jsonl", [HUMANEVAL, HUMANEVAL, HUMANEVAL | dict(task_id=7)])
+    assert [p.id for p in load("humaneval", tmp_path)] == ["HumanEval/0", "HumanEval/0#2", "7"]
+
+
+def test_the_first_solution_that_is_python_3_is_the_reference(tmp_path):
+    solutions = dict(language=[3, 3], solution=["print((1", "print(sum(map(int, input().split())))\n"])
+    write(tmp_path / "code_contests/test.jsonl", [CONTEST | dict(solutions=solutions)])
+    assert load("code_contests", tmp_path)[0].solution == solutions["solution"][1]
+
+
 @pytest.mark.parametrize("name", list(bench.SOURCES))
 def test_prompts_end_at_a_decision_point(name, data):
     for p in load(name + (":train" if name == "leetcode" else ""), data):
@@ -187,16 +209,17 @@ def test_a_separator_that_is_no_newline_does_not_shift_the_cut():
     ("import math\ndef f():\n    return 1\n# next\nassert f() == 1", bench.PROGRAM, "import math\ndef f():\n    return 1\n# next"),
     ("n = int(input())\nif n:\n    print(n)\n```\nIt", bench.SCRIPT, "n = int(input())\nif n:\n    print(n)"),
     ("def f():\n    return 1\n[DONE]\n\nYou", ("[DONE]",), "def f():\n    return 1\n"),
+    ('"""a\n"""\nx = 1\n"""b\n"""\n', bench.SCRIPT, '"""a\n"""\nx = 1'),
     ("no end", bench.SCRIPT, "no end")])
 def test_a_completion_ends_at_its_stop_text(text, stop, kept):
     tokens = ENC.encode_ordinary(text)
-    assert bench.completion(ENC, tokens + [EOS], EOS, stop) == kept
+    assert bench.completion(ENC, tokens + [EOS] + tokens, stop) == kept
     stopped = bench.stopper(ENC, stop)
     at = next((n for n in range(1, len(tokens) + 1) if stopped(tokens[:n])), None)
     if at is None:
         assert kept == text
     else:                                                                                       # not a token too early or too late
-        assert any(ENC.decode(tokens[:at]).endswith(s) for s in stop) and bench.completion(ENC, tokens[:at], EOS, stop) == kept
+        assert any(ENC.decode(tokens[:at]).endswith(s) for s in stop) and bench.completion(ENC, tokens[:at], stop) == kept
 
 
 def test_the_stopper_sees_a_stop_text_inside_one_long_token():
@@ -373,9 +396,9 @@ def test_a_hub_dataset_is_streamed_by_name_and_column(monkeypatch):
 def test_bad_input_gets_one_clear_sentence(data, tmp_path):
     humaneval = json.dumps(HUMANEVAL) + "\n"
     cases = {"cut.jsonl": humaneval + '{"task_id": ', "list.jsonl": "[1]\n", "column.jsonl": json.dumps({"task_id": 1}), "empty.jsonl": "",
-             "prompt.jsonl": json.dumps(HUMANEVAL | {"prompt": None}), "latin.jsonl": b"\xe9".decode("latin-1")}
+             "prompt.jsonl": json.dumps(HUMANEVAL | {"prompt": None}), "test.jsonl": json.dumps(HUMANEVAL | {"test": None}), "latin.jsonl": b"\xe9".decode("latin-1")}
     says = {"cut.jsonl": "line 2", "list.jsonl": "line 1", "column.jsonl": "row 1 has no column 'prompt'", "empty.jsonl": "empty",
-            "prompt.jsonl": "row 1 is unreadable", "latin.jsonl": "line 1"}
+            "prompt.jsonl": "row 1 is unreadable", "test.jsonl": "row 1 is unreadable .*None stands where a text should", "latin.jsonl": "line 1"}
     for name, text in cases.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=says[name]) as e:
@@ -398,6 +421,18 @@ def test_bad_input_gets_one_clear_sentence(data, tmp_path):
     for name, message in (("poem.py", "poem.py: nothing in it is a Python program"), ("void", "has no .py")):
         with pytest.raises(ValueError, match=message):
             list(Corpus(str(tmp_path / name)))
+
+
+def test_a_gated_dataset_is_called_so_though_datasets_hides_it(monkeypatch):
+    import datasets
+    from huggingface_hub import HfApi, errors
+
+    def refuse(*a, **kw):
+        raise datasets.exceptions.DatasetNotFoundError("not found") from errors.GatedRepoError.__new__(errors.GatedRepoError)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **_: None)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match="'me/code' is gated: accept its terms"):
+        list(Corpus("me/code"))
 
 
 @pytest.mark.parametrize("name", ["nobody-at-all/no-such-dataset", "a/b/c"])

@@ -285,3 +285,5 @@ def test_line_rewards_are_the_sum_of_their_parts():
                           torch.tensor([[math.log(0.2), math.log(0.9)]]), torch.tensor([[True, False]]), c=0.05, beta=0.1, p_think=0.4,
                           broken_cost=0.5)
     torch.testing.assert_close(r, torch.tensor([[-1.0 - 0.05 + 0.1 * math.log(0.4 / 0.2) - 0.5, -2.0]]))
+    priceless = elbo.line_rewards(torch.zeros(1, 2), torch.tensor([[True, False]]), torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[True, False]]), c=math.inf, beta=0.0, p_think=0.5, broken_cost=0.0)
+    assert priceless.tolist() == [[-math.inf, 0.0]]

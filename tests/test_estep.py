@@ -275,6 +275,15 @@ def test_rationales_stay_within_a_context_that_has_room_for_one(enc, explore, co
             assert len(t.tokens) <= model.limit and [x for x, kind in zip(t.tokens, t.kind) if kind == ACTION] == [x for line in p.lines for x in line]
 
 
+def test_a_program_can_think_just_where_it_has_room(enc):
+    """`Program.room` says which programs are taken, the rollout which of them may think: it must be the same number."""
+    model, p = tiny(0), elbo.parse(enc, "a\n", "x\n" * 4, EOS)
+    for spare in (0, -1):
+        model.limit = len(p) + p.room(enc, MAX) + spare
+        [t] = estep.rollout(model, enc, [p], [0], torch.tensor([True] + [False] * 4), max_rationale=MAX, mode="always")
+        assert any(t.thinks()) == (spare == 0)
+
+
 def test_near_the_end_of_the_context_too_a_row_is_what_it_would_be_alone(enc):
     """Whether there is room for one more rationale is a matter of the row's own closings, not of its neighbours'."""
     model, short, long = tiny(0), elbo.parse(enc, "a\n", "x\n" * 5, EOS), elbo.parse(enc, "a\n", "x\n" * 5, EOS)

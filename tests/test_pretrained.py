@@ -365,7 +365,9 @@ def test_our_own_encoding_saved(pattern, corpus, tmp_path):
     assert tok.get_vocab_size() == back.n_vocab == 500 and back.eot_token == 499
     assert_same_tokens(enc, tok, texts)
     assert_same_tokens(back, tok, texts)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [499, 7]}')
     save_tokenizer(back, tmp_path / "copy")
+    assert (tmp_path / "copy/generation_config.json").read_bytes() == (tmp_path / "generation_config.json").read_bytes()      # vLLM ends texts by it
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")
     assert auto.eos_token_id == 499
     for text in texts[:300]:
@@ -429,6 +431,7 @@ def test_a_name_that_is_nowhere(monkeypatch, tmp_path):
     refused(FileNotFoundError, hub(make(errors.RepositoryNotFoundError, "404\nlong story")), "'some/model'", "check the spelling")
     refused(OSError, hub(errors.LocalEntryNotFoundError("Got: no route\nand more")), "'some/model'", "did not answer", "no route", "folder")
     refused(OSError, hub(ConnectionError("no route\nto host")), "did not answer", "check the connection")
+    refused(OSError, hub(OSError(28, "No space left on device")), "No space left")
 
 
 def test_a_hub_out_of_reach():
@@ -443,8 +446,9 @@ def test_folders_that_are_not_models(checkpoints, tmp_path):
     folder, _ = checkpoints["qwen2.5"]
     load = lambda f: lambda: GPT.from_pretrained(f)
     refused(FileNotFoundError, load(tmp_path), "config.json", "Hugging Face layout")
-    (tmp_path / "config.json").write_text("{")
-    refused(ValueError, load(tmp_path), "not valid JSON")
+    for text in ("{", "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        refused(ValueError, load(tmp_path), "not valid JSON")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     refused(ValueError, load(tmp_path), "model.safetensors", "cannot be read")
 
@@ -456,6 +460,8 @@ def test_folders_that_are_not_models(checkpoints, tmp_path):
     refused(ValueError, changed("e", use_sliding_window=True), "use_sliding_window True")
     refused(ValueError, changed("f", quantization_config={"bits": 4}), "quantization_config")
     refused(ValueError, changed("g", eos_token_id=None), "config.json", "entry")
+    refused(ValueError, changed("i", rope_parameters=None, rope_scaling="linear"), "config.json", "entry")
+    refused(ValueError, changed("j", head_dim=None, num_attention_heads=0), "config.json", "entry")
     refused(ValueError, load(edit(folder, tmp_path / "h", "config.json", lambda c: c.pop("hidden_size"))), "hidden_size")
 
 
