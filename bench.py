@@ -3,7 +3,7 @@
 Every problem of the project, embedded or public, is a `Problem`: a prompt that the model continues, an expert's continuation
 where there is one, and a way to make a sandbox job of a completion. A benchmark's score is the unbiased pass@k over them.
 
-    python bench.py --model HuggingFaceTB/SmolLM2-135M --benchmarks humaneval,mbpp          # a row of the paper's Table 1
+    python bench.py --model HuggingFaceTB/SmolLM2-135M                                      # a row of the paper's Table 1
     python bench.py --model base --benchmarks humaneval --samples 10 --temperature 0.8      # pass@5 too
     python bench.py --score results.jsonl                                                   # the row again, from the file
     python bench.py --check-references --benchmarks humaneval,mbpp,mbppplus                 # do the references pass?
