@@ -49,7 +49,7 @@ import torch
 from tqdm import tqdm
 
 from elbo import statements, strip_comments
-from model import GPT, Sample, encode_prompt, generate, load_pretrained
+from model import GPT, GPT2_TIKTOKEN, Sample, encode_prompt, generate, load_pretrained
 from sandbox import Asserts, Check, Sandbox, Stdio, Verdict, names_under_test
 
 # ------------------------------------------------------------------------------------------------------- problem and score
@@ -371,11 +371,9 @@ def world(kind: str, n: int, seed: int, *, n_steps=(2, 3), n_terms=(5, 9)) -> li
 def train_tokenizer(vocab_size: int = 416) -> tiktoken.Encoding:
     """Byte-pair encoding learnt offline from the world's own text, with GPT-2's pre-tokenizer."""
     from tiktoken._educational import bpe_train
-    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
     text = "\n".join(p.prompt + p.solution for p in world("web", 600, seed=0))
-    ranks = bpe_train(text, vocab_size - 1, pattern, visualise=None)
-    return tiktoken.Encoding("ra3-world", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": vocab_size - 1})
+    ranks = bpe_train(text, vocab_size - 1, GPT2_TIKTOKEN, visualise=None)
+    return tiktoken.Encoding("ra3-world", pat_str=GPT2_TIKTOKEN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": vocab_size - 1})
 
 
 # ------------------------------------------------------------------------------------------------------------ rows of data
