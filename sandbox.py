@@ -41,7 +41,7 @@ A test-executed reward is as good as its harness: reinforcement learning finds e
 # the trainer import ast and subprocess where they use them. dataclasses would bring inspect, ast and tokenize: hence NamedTuple.
 import atexit
 import builtins
-import collections
+import collections.abc
 import contextlib
 import ctypes
 import errno
@@ -49,6 +49,7 @@ import fcntl
 import functools
 import gc
 import importlib.machinery
+import itertools
 import json
 import marshal
 import math
@@ -70,6 +71,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 MAX_MESSAGE = 16 << 20        # bytes of one value, or of one program's output; more is a "flood"
+MAX_ITEMS = 1 << 20           # of an iterator that a program returns: it may have no end
 MAX_JOB = 1 << 30             # bytes of one job: source and tests
 START_S = 60.0                # seconds that a worker may take to start, or to compile the (trusted) tests of a job
 WORKER_MB = 4096              # address space of a worker, which may have to import numpy
@@ -453,6 +455,11 @@ _parse = json.JSONDecoder().raw_decode
 
 _BASES = (int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
 _SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
+# What can be gone through, as a list of its parts and not lazily; rebuilt as its like, so that `set(candidate(x))` works and `== [1, 2]` fails.
+_PARTS = {range: ("range", lambda r: (r.start, r.stop, r.step)), type({}.keys()): ("keys", list), type({}.values()): ("values", list),
+          type({}.items()): ("items", list), collections.deque: ("deque", list)}
+_MADE_OF_PARTS = {"range": lambda parts: range(*parts), "keys": lambda parts: dict.fromkeys(parts).keys(), "values": lambda parts: dict(enumerate(parts)).values(),
+                  "items": lambda parts: dict(parts).items(), "deque": collections.deque, "iter": iter}
 _AS_THEY_ARE = {type(None), bool, str, float}
 _NESTED = {list, dict}
 
@@ -516,6 +523,11 @@ def pack(value, classes=()) -> dict:
                 places[id(value)] = len(places)
                 found.append(value)
             return {"record": places[id(value)]}
+        if kind in _PARTS:
+            tag, parts = _PARTS[kind]
+            return {tag: [walk(item) for item in parts(value)]}
+        if isinstance(value, collections.abc.Iterator):
+            return {"iter": [walk(item) for item in itertools.islice(value, MAX_ITEMS)]}
         for base in _BASES:
             if isinstance(value, base):
                 return walk(base.__str__(value) if base is str else base(value))
@@ -546,6 +558,8 @@ def unpack(packed: dict, classes=None, names=None):
             return {build(key): build(value) for key, value in body}
         if tag in _SEQUENCES:
             return _SEQUENCES[tag](build(part) for part in body)
+        if tag in _MADE_OF_PARTS:
+            return _MADE_OF_PARTS[tag](build(body))
         if tag == "int":
             return int(body, 16)
         if tag in ("bytes", "bytearray"):
@@ -584,7 +598,7 @@ class Proxy:
         self.__name__ = name
         self._program = program
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, /, *args, **kwargs):
         return self._program.call(self.__name__, args, kwargs)
 
 
@@ -650,17 +664,21 @@ class _Program:
             self.note(Fault("protocol", _line(error)))
         return answer
 
-    def load(self, job, classes):
-        """Sends the source, and waits until its top level has run."""
+    def load(self, job, classes, names):
+        """Sends the source, and waits until its top level has run and has defined what will be tested."""
         self.classes = classes
-        answer = self.ask({"prelude": job["prelude"], "source": job["source"], "classes": list(classes)})
+        answer = self.ask({"prelude": job["prelude"], "source": job["source"], "classes": list(classes), "names": list(names)})
         if "error" in answer:
             self._raise(answer["error"], forgivable=False)
 
     def call(self, name, args, kwargs):
         if self.fault:
             raise self.fault
-        answer = self.ask(pack([list(args), kwargs], self.classes) | {"call": name})
+        try:
+            packed = pack([list(args), kwargs], self.classes)
+        except Exception as error:     # not for `except TypeError` in a test: the program has not been asked
+            self.note(Fault("protocol", f"an argument that cannot be sent: {_line(error)}"))
+        answer = self.ask(packed | {"call": name})
         if "error" in answer:
             self._raise(answer["error"])
         try:
@@ -719,7 +737,7 @@ def _line(error, limit=200):
         text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
     except Exception:                  # a KeyError, say, whose key is an integer that is too long to print
         text = type(error).__name__
-    return " ".join(text[:4 * limit].split())[:limit]
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[:4 * limit].split())[:limit])
 
 
 def peak_memory_mb() -> float:
@@ -773,7 +791,9 @@ def _hold_lifeline(lifeline):
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, 10, signal.SIGKILL)                       # F_SETSIG
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:                     # it closed before we asked
+    poll = select.poll()                                            # not select, which knows no descriptor above 1023
+    poll.register(lifeline, select.POLLIN)
+    if poll.poll(0):                                                # it closed before we asked
         os._exit(1)
 
 
@@ -807,7 +827,7 @@ class _Runner:
             sys.setrecursionlimit(depth)               # LiveCodeBench's imports raise it for the program; a worker's answers would overflow its stack
 
         def steps(program):
-            program.load(job, classes)
+            program.load(job, classes, [job["entry_point"]])
             candidate = Proxy(program, job["entry_point"])
             if job["entry_point"].isidentifier():
                 space[job["entry_point"]] = candidate
@@ -828,7 +848,7 @@ class _Runner:
             raise InvalidJob(f"its tests fail before they call the candidate: {_line(error)}") from None
 
         def steps(program):
-            program.load({"prelude": guarded, "source": job["source"]}, {})
+            program.load({"prelude": guarded, "source": job["source"]}, {}, names)
             space.update({name: Proxy(program, name) for name in names})
             exec(setup, space)
             for test in tests:
@@ -1229,7 +1249,7 @@ def _describe(error, kind="exception"):
     except BaseException:
         text = ""
     status = error.code if isinstance(error, SystemExit) else None    # of sys.exit: None is 0, a text is 1
-    return [kind, cls.__name__, text[:10_000], status if type(status) is int else int(status is not None)]
+    return [kind, cls.__name__, text[:10_000], int(status) if isinstance(status, int) else int(status is not None)]
 
 
 def _run_program(source, space):
@@ -1252,19 +1272,28 @@ def _serve_calls(sock, request):
     prelude, source, classes = request["prelude"], request["source"], request["classes"]
     if source.lstrip("\r\n")[:1] in (" ", "\t"):
         source, prelude = prelude + "\n" + source if not prelude.endswith("\n") else prelude + source, ""
+    find = functools.cache(lambda name: eval(name, space))    # `Solution()` is made once, as in check(Solution().f)
     error = _run_program(prelude, space) if prelude else None
     error = error or _run_program(source, space)
+    try:
+        for name in request["names"] if not error else ():
+            find(name)
+    except BaseException as problem:
+        error = _describe(problem)
     answer = _frame({"error": error, "ticket": request["ticket"]} if error else {"ticket": request["ticket"]})
-    find = functools.cache(lambda name: eval(name, space))    # `Solution()` is made once, as in check(Solution().f)
     while True:
         sock.sendall(answer)
         request = _receive(sock, MAX_JOB)
         ticket = request["ticket"]
+        kind = "value"                 # an error on the way of a value: no test may take it for one that the program raised
         try:
             args, kwargs = unpack(request, space, find)
-            answer = _frame(pack(find(request["call"])(*args, **kwargs), classes) | {"ticket": ticket})
+            kind = "exception"
+            value = find(request["call"])(*args, **kwargs)
+            kind = "value"
+            answer = _frame(pack(value, classes) | {"ticket": ticket})
         except BaseException as error:
-            answer = _frame({"error": _describe(error), "ticket": ticket})
+            answer = _frame({"error": _describe(error, kind), "ticket": ticket})
 
 
 def _run_script(sock, prelude, source):
@@ -1276,9 +1305,12 @@ def _run_script(sock, prelude, source):
     try:                               # as at the end of a real interpreter: wait for threads, run atexit, flush
         threading._shutdown()
         atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.__stdout__):
-            if not getattr(stream, "closed", False):
-                stream.flush()
+        if sys.stdout is not None and not getattr(sys.stdout, "closed", False):
+            sys.stdout.flush()
+        vars(module).clear()           # other writers flush when they go
+        gc.collect()
+        with contextlib.suppress(ValueError):
+            sys.__stdout__.flush()     # unless its buffer has been detached or closed
     except BaseException as problem:
         error = error or _describe(problem)
     if error:
@@ -1292,7 +1324,7 @@ def _probe(zygote):
     program = _Program(zygote, START_S)
     source = "def probe():\n try: open('/')\n except PermissionError: return 'locked'"
     program.start_clock()
-    program.load({"prelude": "", "source": source}, {})
+    program.load({"prelude": "", "source": source}, {}, [])
     if program.call("probe", (), {}) != "locked":
         raise RuntimeError("the seccomp filter does not hold")
     program.reap()

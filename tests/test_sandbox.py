@@ -1,5 +1,6 @@
 """The sandbox as a library: kinds of job, verdicts, values that travel, bad input, and crashes of our own side."""
 
+import collections
 import json
 import math
 import os
@@ -211,8 +212,22 @@ def f(n):
     assert verdict_of(sandbox, source, ("assert f(40) == list(range(40))",)).passed     # stacks of 8 MB, of 512 MB
 
 
-def test_a_script_may_close_its_stdout(sandbox):
-    assert verdict_of(sandbox, "import sys\nprint(3)\nsys.stdout.close()", (("", "3\n"),), kind=Stdio).passed
+@pytest.mark.parametrize("source", [
+    "import sys\nprint(3)\nsys.stdout.close()",
+    "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach(), encoding='utf-8')\nprint(3)",
+    "out = open(1, 'w')\nout.write('3\\n')",
+    "import os\nout = os.fdopen(1, 'w')\nprint(3, file=out)",
+    "import sys\nprint(3)\nsys.exit(False)",
+    "import sys\nprint(3)\nsys.stdout = None",
+    "import sys\nclass Tee:\n    def write(self, text): sys.__stdout__.write(text)\n    def flush(self): pass\nsys.stdout = Tee()\nprint(3)",
+])
+def test_a_script_ends_as_in_an_interpreter(sandbox, source):
+    assert subprocess.run([sys.executable, "-c", source], capture_output=True).stdout == b"3\n"
+    assert verdict_of(sandbox, source, (("", "3\n"),), kind=Stdio).passed
+
+
+def test_a_script_finds_its_prelude(sandbox):
+    assert verdict_of(sandbox, "from __future__ import annotations\nprint(gcd(4, 6))", (("", "2\n"),), "from math import *", kind=Stdio).passed
 
 
 # ---- values ----
@@ -232,10 +247,43 @@ def test_nan_survives_the_journey():
     assert math.isnan(unpack(json.loads(json.dumps(pack(float("nan"))))))
 
 
-@pytest.mark.parametrize("value", [print, object(), VALUES[-1], iter([]), range(3), (x for x in []), lambda: 0, math, Exception("x"), [object()], {1: print}])
+@pytest.mark.parametrize("value", [print, object(), VALUES[-1], (x for x in [print]), {1: print}.values(), lambda: 0, math, Exception("x"), [object()], {1: print}])
 def test_other_objects_do_not_travel(value):
     with pytest.raises(TypeError, match="not a plain value"):
         pack(value)
+
+
+def test_what_can_be_gone_through_travels_as_its_like(sandbox):
+    """`set(f())` and `list(f())` are true of it, `f() == [...]` is not, as without a sandbox."""
+    for value in (range(2, 9, 3), {1: 2, (3,): 4}.keys(), {1: 2, (3,): 4}.items(), collections.deque([1, [2]])):
+        back = unpack(json.loads(json.dumps(pack(value))))
+        assert back == value and type(back) is type(value)
+    assert list(unpack(pack({1: [2]}.values()))) == [[2]]
+    source = "import itertools\ndef f(x): return (y for y in x)\ndef g(): return itertools.count(5)\ndef h(x): return filter(None, x)"
+    tests = ("assert list(f([1, 2])) == [1, 2]", "assert f([1]) != [1]", "found = g()\nassert next(found) == 5 and next(found) == 6", "assert set(h([0, 1])) == {1}",
+             "assert max(f(range(7))) == 6")
+    assert verdict_of(sandbox, source, tests).passed
+
+
+@pytest.mark.parametrize("source, test", [
+    ("", "try:\n    f(lambda: 0)\nexcept TypeError: pass\nelse: assert False"),
+    ("def f(x): return 0", "try:\n    f(object())\nexcept TypeError: pass\nelse: assert False"),
+    ("def f(): return print", "try:\n    f()\nexcept TypeError: pass\nelse: assert False"),
+    ("", "assert callable(f)"), ("", "assert f.__doc__"), ("", "try:\n    f(-1)\nexcept Exception: pass\nelse: assert False"),
+])
+def test_what_goes_wrong_on_the_way_is_no_exception_of_the_programs(sandbox, source, test):
+    """A test that expects an error must not be content with one of the sandbox's own, or with a program that is not there."""
+    assert not verdict_of(sandbox, source, (test,), names=("f",)).passed
+    assert verdict_of(sandbox, "def f(x=0): 'Raises.'; raise TypeError(x)", (test.replace("lambda: 0", "0").replace("object()", "0"),), names=("f",)).passed
+
+
+def test_arguments_may_have_any_name(sandbox):
+    assert verdict_of(sandbox, "def f(self, x): return self + x", ("assert f(self=1, x=2) == 3",)).passed
+
+
+def test_details_can_be_printed(sandbox):
+    detail = verdict_of(sandbox, r"def f(): raise ValueError('\udcff\x1b[31m')", ("f()",)).detail
+    assert detail.isprintable() and detail.encode() and "[31m" in detail
 
 
 def test_subclasses_become_plain_values():
