@@ -458,8 +458,16 @@ def docstring(*parts: str) -> str:
     return f'{"r" if chr(92) in text else ""}"""\n{text}"""\n'
 
 
+def strict(test: str) -> str:
+    """A test of EvalPlus's hub copies without its two holes: np.allclose finds [] near to any number, and one form of `assertion` asserts nothing."""
+    for loose, tight in (("assert np.allclose(out, exp,", "assert np.shape(out) == np.shape(exp) and np.allclose(out, exp,"),
+                         ("        exact_match = exp == (out is not None)\n", "        exact_match = exp == (out is not None)\n    assert exact_match\n")):
+        test = test.replace(loose, tight)
+    return test
+
+
 def humaneval(r: dict) -> Problem:
-    return Problem(str(r["task_id"]), *cut(r["prompt"], r["canonical_solution"]), (r["test"],), "check", (r["entry_point"],), r["prompt"])
+    return Problem(str(r["task_id"]), *cut(r["prompt"], r["canonical_solution"]), (strict(r["test"]),), "check", (r["entry_point"],), r["prompt"])
 
 
 SHOT = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]\n"
@@ -469,7 +477,7 @@ def mbpp(r: dict, shots: list[dict] = ()) -> Problem:
     """Zero-shot: text and tests in a docstring. With shots: the format of Austin et al. 2021, tasks 2, 3 and 4 as examples."""
     text, code = r["text" if "text" in r else "prompt"], r["code"]
     setup = "\n".join(r["test_imports"]) if "test_imports" in r else r["test_setup_code"]
-    tests = (r["test"],) if "test" in r else tuple(r["test_list"])                                    # MBPP+ has one long test
+    tests = (strict(r["test"]),) if "test" in r else tuple(r["test_list"])                                    # MBPP+ has one long test
     prompt, solution = cut(docstring(text, "\n".join(r["test_list"])), code)
     if shots:
         ask = [SHOT.format(s["text" if "text" in s else "prompt"], "\n".join(s["test_list"])) for s in (*shots, r)]

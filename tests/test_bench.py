@@ -332,6 +332,14 @@ def test_references_of_real_rows_pass(name, count, sample, box):
 
 
 @needs_data
+def test_evalplus_tests_take_no_empty_list_for_a_number(box):
+    """As they are on the hub, `return []` passes 27 of MBPP+ and 3 of HumanEval+."""
+    picked = [p for p in load("mbppplus", DATA) + load("humanevalplus", DATA) if p.id in ("mbpp/14", "mbpp/737", "HumanEval/2")]
+    cheats = [p.job_of("".join(f"def {name}(*args): return {value}\n" for name in p.names)) for p in picked for value in ("[]", "False", "type")]
+    assert len(picked) == 3 and not any(v.passed for v in box.run(cheats)) and all(v.passed for v in box.run([p.job(p.solution) for p in picked]))
+
+
+@needs_data
 def test_real_rows_without_references_load():
     lcb = load("livecodebench", DATA)
     assert len(lcb) == 400 and sum(p.kind == "stdio" for p in lcb) == 219
