@@ -333,10 +333,13 @@ class Run:
         self.commit()
         return self.records[-1]
 
+    def done(self, stage: str) -> bool:
+        return any(r.get("key") == f"cost/{stage}" for r in self.records)
+
     def stage(self, name: str, start: GPT, work) -> GPT:
         """Train a copy of `start` by work(model) and keep it in the folder of that name; a stage that is there is only loaded."""
         folder = self.dir / name
-        if not any(r.get("key") == f"cost/{name}" for r in self.records):
+        if not self.done(name):
             self.use(None)                           # make room
             there = {id(p): torch.nn.Parameter(p.detach().to(self.device, copy=True)) for p in start.parameters()}
             model = self.meter(copy.deepcopy(start, there))          # its weights go straight to the device
@@ -709,12 +712,14 @@ def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
             for name, writer in (("start", start), ("estep", q)):                # pi, the judge, is the start both times
                 run.once(f"gain/{name}{tag}", lambda: estep.rationale_gain(
                     run, start, data, data.heldout, estep.infuse(run, writer, data, data.heldout, "heldout", mode, s.explore)))
-        run.meter(q)
-        began, before = time.time(), run.compute
-        train = estep.infuse(run, q, data, data.experts, "experts" + tag, mode)
-        run.once("cost/infuse" + tag, lambda: dict(seconds=round(time.time() - began, 1), compute=int(run.sum(run.compute - before)[0])))
-        heldout = estep.infuse(run, q, data, data.heldout, "heldout", mode)
-        run.once("rationales" + tag, lambda: think_table(data, heldout))
+        train = heldout = []
+        if not run.done("ra3" + tag):                                            # else a resumed run would only throw them away
+            run.meter(q)
+            began, before = time.time(), run.compute
+            train = estep.infuse(run, q, data, data.experts, "experts" + tag, mode)
+            run.once("cost/infuse" + tag, lambda: dict(seconds=round(time.time() - began, 1), compute=int(run.sum(run.compute - before)[0])))
+            heldout = estep.infuse(run, q, data, data.heldout, "heldout", mode)
+            run.once("rationales" + tag, lambda: think_table(data, heldout))
         model = run.stage("ra3" + tag, q, lambda m: mstep.m_step(run, "ra3" + tag, m, data, train, heldout, s.m_steps, scorer.greedy))
     return model
 
