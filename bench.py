@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from elbo import statements, strip_comments
 from model import GPT, GPT2_TIKTOKEN, Sample, encode_prompt, generate, load_pretrained
-from sandbox import Asserts, Check, Sandbox, Stdio, Verdict, names_under_test
+from sandbox import Asserts, Check, InvalidJob, Sandbox, Stdio, Verdict, names_under_test
 
 # ------------------------------------------------------------------------------------------------------- problem and score
 
@@ -124,10 +124,16 @@ def completion(enc, tokens: list[int], stop: tuple[str, ...] = ()) -> str:
     return text[:end_of(text, stop)]
 
 
-def judge(box: Sandbox, jobs: list) -> list[Verdict]:
-    """The verdict of each job; equal jobs run once, as samples of a sharp policy are often the same program."""
+def judge(box: Sandbox, problems: list[Problem], jobs: list) -> list[Verdict]:
+    """The verdict of each job, of the problem beside it; equal jobs run once, as samples of a sharp policy are often the same program.
+
+    Raises ValueError, with the problem's name, if it is the problem that is wrong.
+    """
     unique = list(dict.fromkeys(jobs))
-    verdict = dict(zip(unique, box.run(unique)))
+    try:
+        verdict = dict(zip(unique, box.run(unique)))
+    except InvalidJob as e:
+        raise ValueError(f"{problems[jobs.index(unique[e.index])].id}: {e.reason}; mend that row, or leave it out") from None
     return [verdict[job] for job in jobs]
 
 
@@ -148,7 +154,7 @@ def sample(model: GPT, enc, problems: list[Problem], seeds: list, *, max_new_tok
 def attempt(model: GPT, enc, problems: list[Problem], seeds: list, box: Sandbox, **how) -> tuple[list[Sample], list[bool]]:
     """One sample for each problem, drawn as `sample` draws it, and whether it passes its tests."""
     samples, texts = sample(model, enc, problems, seeds, **how)
-    return samples, [v.passed for v in judge(box, [p.job(text) for p, text in zip(problems, texts)])]
+    return samples, [v.passed for v in judge(box, problems, [p.job(text) for p, text in zip(problems, texts)])]
 
 
 def evaluate(model: GPT, enc, name: str, problems: list[Problem], box: Sandbox, *, samples: int = 1, seed: int = 0,
@@ -163,7 +169,7 @@ def evaluate(model: GPT, enc, name: str, problems: list[Problem], box: Sandbox, 
         part = every[at:at + 4 * batch_size]
         todo = [(p, j) for p, j in part if p.id in fits]
         texts = sample(model, enc, [p for p, _ in todo], [(seed, zlib.crc32(p.id.encode()), j) for p, j in todo], batch_size=batch_size, **how)[1]
-        done = iter(zip(texts, judge(box, [p.job(text) for (p, _), text in zip(todo, texts)])))
+        done = iter(zip(texts, judge(box, [p for p, _ in todo], [p.job(text) for (p, _), text in zip(todo, texts)])))
         for p, j in part:
             text, v = next(done) if p.id in fits else ("", Verdict(False, "prompt too long", 0, 0, 0.0, ""))
             yield dict(benchmark=name, id=p.id, sample=j, completion=text, passed=v.passed, kind=v.kind, seconds=round(v.seconds, 3), detail=v.detail)
@@ -663,11 +669,11 @@ def trivial_programs(p: Problem) -> dict[str, str]:
 def unfit_for_rl(problems: list[Problem], box: Sandbox) -> dict[str, str]:
     """{id: why} of the problems whose reference (where there is one) fails, or which a trivial program passes."""
     have = [p for p in problems if p.solution]
-    out = {p.id: f"its reference fails: {v.kind}" for p, v in zip(have, judge(box, [p.job(p.solution) for p in have])) if not v.passed}
+    out = {p.id: f"its reference fails: {v.kind}" for p, v in zip(have, judge(box, have, [p.job(p.solution) for p in have])) if not v.passed}
     left = {p.id: trivial_programs(p) for p in problems if p.id not in out}
     while left:                                                           # one trivial program of each problem per round
         tried = [(p, left[p.id].popitem()) for p in problems if p.id in left]
-        for (p, (what, _)), v in zip(tried, judge(box, [p.job_of(program) for p, (_, program) in tried])):
+        for (p, (what, _)), v in zip(tried, judge(box, [p for p, _ in tried], [p.job_of(program) for p, (_, program) in tried])):
             if v.passed:
                 out[p.id] = f"a trivial program passes: {what}"
         left = {i: programs for i, programs in left.items() if programs and i not in out}
@@ -682,7 +688,7 @@ def check_references(name: str, problems: list[Problem], box: Sandbox) -> dict:
     have = [p for p in problems if p.solution]
     if not have:
         raise ValueError(f"{name} has no reference solutions to check")
-    failed = {p.id: v.kind for p, v in zip(have, judge(box, [p.job(p.solution) for p in have])) if not v.passed}
+    failed = {p.id: v.kind for p, v in zip(have, judge(box, have, [p.job(p.solution) for p in have])) if not v.passed}
     print(f"{name}: {len(have) - len(failed)} of {len(have)} references pass", *(f"    {i}: {kind}" for i, kind in failed.items()), sep="\n")
     return {"problems": len(have), "passed": len(have) - len(failed), "failed": failed}
 

@@ -194,7 +194,7 @@ class Sandbox:
         """Yields the verdicts of `jobs` in their order, each as soon as it and all before it are there.
 
         Raises TypeError or ValueError for a job that cannot be judged: a field of the wrong type, tests that do not compile
-        or that fail before they call the candidate; RuntimeError if the sandbox is closed or busy in another thread.
+        or that fail before they call the candidate (InvalidJob); RuntimeError if the sandbox is closed or busy in another thread.
         """
         if not self._workers:
             raise RuntimeError("this Sandbox is closed (or was opened in another process: open one per process)")
@@ -370,7 +370,7 @@ class _Worker:
             raise TimeoutError
 
     def answer(self):
-        """The verdict, or None if this was not it yet. Raises EOFError if the worker died, ValueError for a job that is wrong."""
+        """The verdict, or None if this was not it yet. Raises EOFError if the worker died, InvalidJob for one that is wrong."""
         try:
             message = _receive(self.socket, MAX_JOB, first=4)
         except ConnectionError:
@@ -380,7 +380,7 @@ class _Worker:
             return None
         task, self.task = self.task, None
         if "invalid" in message:
-            raise ValueError(f"job {task.index}: {message['invalid']}")
+            raise InvalidJob(message["invalid"], task.index)
         self.retire = message["retire"]
         return Verdict(**message["verdict"])
 
@@ -797,8 +797,12 @@ def _hold_lifeline(lifeline):
         os._exit(1)
 
 
-class InvalidJob(Exception):
-    """The trusted half of a job is wrong."""
+class InvalidJob(ValueError):
+    """The trusted half of a job is wrong: `reason` says how and, in the trainer, `index` which job it is."""
+
+    def __init__(self, reason, index=None):
+        super().__init__(reason if index is None else f"job {index}: {reason}")
+        self.reason, self.index = reason, index
 
 
 class _Runner:

@@ -153,9 +153,9 @@ def test_leetcode_row(data):
 
 def test_references_of_the_rows_pass_and_wrong_ones_fail(data, box):
     problems = [p for name in ("humaneval", "mbpp", "mbpp-docstring", "mbppplus", "code_contests", "leetcode:train") for p in load(name, data)]
-    assert [v.kind for v in bench.judge(box, [p.job(p.solution) for p in problems])] == ["passed"] * len(problems)
+    assert [v.kind for v in bench.judge(box, problems, [p.job(p.solution) for p in problems])] == ["passed"] * len(problems)
     wrong = [p.solution.replace("+ 11", "+ 12").replace("x + x", "x").replace("sum", "max").replace("r * r", "r") for p in problems]
-    passed = [v.passed for v in bench.judge(box, [p.job(w) for p, w in zip(problems, wrong)])]
+    passed = [v.passed for v in bench.judge(box, problems, [p.job(w) for p, w in zip(problems, wrong)])]
     assert passed == [p.id == "HumanEval/0" for p in problems]                                  # r = r * r at 0 and 1, all that is tested
     stdin, method = load("livecodebench", data)
     good = [stdin.job("print(2 * int(input()))"), method.job("class Solution:\n    def pair(self, x, y): return (x, y)")]
@@ -172,6 +172,13 @@ def test_livecodebench_programs_find_the_names_that_its_own_harness_sets(data, b
     jobs = [stdin.job("\n".join(["x = int(input())", *lines, "print(2 * x)"])),
             method.job("\n        ".join(["class Solution:\n    def pair(self, x: int, y: int) -> List[int]:", *lines, "return [x, y]"]))]
     assert [(v.kind, v.detail) for v in box.run(jobs)] == [("passed", "")] * 2
+
+
+def test_a_problem_whose_tests_cannot_run_is_named(data, tmp_path, box):
+    write(tmp_path / "openai_humaneval/test.jsonl", [HUMANEVAL, HUMANEVAL | dict(task_id="bad", test="import nowhere")])
+    problems = load("humaneval", tmp_path)
+    with pytest.raises(ValueError, match="^bad: its tests fail before they call the candidate: ModuleNotFoundError"):
+        bench.judge(box, problems * 2, [p.job(" pass") for p in problems * 2])
 
 
 def test_problems_of_one_name_are_told_apart(data, tmp_path):
@@ -326,7 +333,7 @@ def test_references_of_real_rows_pass(name, count, sample, box):
     unfit = {f"mbpp/{i}" for i in (367, 601, 927, 255, 271, 392, 599)} | {f"HumanEval/{i}" for i in (15, 32, 130, 139)} | {"leetcode/word-ladder-ii"}
     whole = [p for p in problems if p.id not in unfit and not re.search("SortedList|numpy", p.solution)]
     picked = random.Random(name).sample(whole, sample)
-    verdicts = bench.judge(box, [p.job(p.solution) for p in picked])
+    verdicts = bench.judge(box, picked, [p.job(p.solution) for p in picked])
     failed = [(p.id, v) for p, v in zip(picked, verdicts) if not v.passed]
     assert len(failed) <= (2 if name == "code_contests:train" else 0), failed                   # 258 of 300 can pass there
 
@@ -404,9 +411,9 @@ def test_a_hub_dataset_is_streamed_by_name_and_column(monkeypatch):
 def test_bad_input_gets_one_clear_sentence(data, tmp_path):
     humaneval = json.dumps(HUMANEVAL) + "\n"
     cases = {"cut.jsonl": humaneval + '{"task_id": ', "list.jsonl": "[1]\n", "column.jsonl": json.dumps({"task_id": 1}), "empty.jsonl": "",
-             "prompt.jsonl": json.dumps(HUMANEVAL | {"prompt": None}), "test.jsonl": json.dumps(HUMANEVAL | {"test": None}), "latin.jsonl": b"\xe9".decode("latin-1")}
+             "prompt.jsonl": json.dumps(HUMANEVAL | {"prompt": None}), "entry.jsonl": json.dumps(HUMANEVAL | {"entry_point": 3}), "latin.jsonl": b"\xe9".decode("latin-1")}
     says = {"cut.jsonl": "line 2", "list.jsonl": "line 1", "column.jsonl": "row 1 has no column 'prompt'", "empty.jsonl": "empty",
-            "prompt.jsonl": "row 1 is unreadable", "test.jsonl": "row 1 is unreadable .*None stands where a text should", "latin.jsonl": "line 1"}
+            "prompt.jsonl": "row 1 is unreadable", "entry.jsonl": "row 1 is unreadable .*3 stands where a text should", "latin.jsonl": "line 1"}
     for name, text in cases.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=says[name]) as e:
@@ -488,12 +495,12 @@ def test_world_programs_pass_carry_no_comments_and_no_changed_constant_passes(bo
     problems = bench.world("train", 12, 1) + bench.world("eval", 12, 1)
     for p in problems:
         assert "#" not in p.solution and ENC.decode(parse(ENC, p.prompt, p.solution, EOS).prompt) == p.prompt
-    assert all(v.passed for v in bench.judge(box, [p.job(p.solution) for p in problems]))
+    assert all(v.passed for v in bench.judge(box, problems, [p.job(p.solution) for p in problems]))
     # A constant stands after + - < >; on values from -70 to 70 one more or less changes what the program returns, unless the step before
     # or after it makes it void (`x > 9` after `x > 12`), so a few survivors are no fault.
-    mutants = [p.job(p.solution[:m.start(1)] + str(int(m[1]) + d) + p.solution[m.end(1):])
+    mutants = [(p, p.job(p.solution[:m.start(1)] + str(int(m[1]) + d) + p.solution[m.end(1):]))
                for p in problems for m in re.finditer(r"x [-+<>*] (\d+)", p.solution) for d in (1, -1)]
-    survived = sum(v.passed for v in bench.judge(box, mutants))
+    survived = sum(v.passed for v in bench.judge(box, *map(list, zip(*mutants))))
     assert len(mutants) > 30 and survived <= len(mutants) // 10
 
 
