@@ -538,8 +538,8 @@ def code_contests(r: dict, codeforces: bool = False) -> Problem | None:
     if r["input_file"] or codeforces and r["source"] != 2:
         return None
     kinds = [r[k] for k in ("public_tests", "private_tests", "generated_tests")]
-    solutions = [s for s, language in zip(r["solutions"]["solution"], r["solutions"]["language"]) if language == 3 and is_python(s)]
-    return Problem(str(r["name"]), *cut(docstring(r["description"]), *solutions[:1]),
+    solutions = (s for s, language in zip(r["solutions"]["solution"], r["solutions"]["language"]) if language == 3 and is_python(s))
+    return Problem(str(r["name"]), *cut(docstring(r["description"]), next(solutions, "")),                # of hundreds, the first
                    tuple(case for k in kinds for case in zip(k["input"], k["output"])), "stdio", ())
 
 

@@ -123,7 +123,7 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         return [p.trace() for p in programs]
     need = {i: p.room(enc, max_rationale) for i, p in {id(p): p for p in programs}.items()}
     size = min(model.limit, max(len(p) + (1 if mode == "first" else len(p.lines)) * need[id(p)] for p in programs))
-    distinct = {p: n for n, p in enumerate(dict.fromkeys(map(id, programs)))}
+    distinct = {i: n for n, i in enumerate(need)}
     slots = [distinct[id(p)] for p in programs]                 # a row's place in the cache: versions of a program begin alike, and share it
     dtype = torch.get_autocast_dtype(dev.type) if torch.is_autocast_enabled(dev.type) else model.embed_tokens.weight.dtype
     cache = KVCache(cfg, len(distinct), size, dev, dtype)

@@ -1277,8 +1277,7 @@ def _serve_calls(sock, request):
     if source.lstrip("\r\n")[:1] in (" ", "\t"):
         source, prelude = prelude + "\n" + source if not prelude.endswith("\n") else prelude + source, ""
     find = functools.cache(lambda name: eval(name, space))    # `Solution()` is made once, as in check(Solution().f)
-    error = _run_program(prelude, space) if prelude else None
-    error = error or _run_program(source, space)
+    error = _run_program(prelude, space) or _run_program(source, space)
     try:
         for name in request["names"] if not error else ():
             find(name)
@@ -1303,7 +1302,7 @@ def _serve_calls(sock, request):
 def _run_script(sock, prelude, source):
     sys.modules["__main__"] = module = types.ModuleType("__main__")
     status = 0
-    error = (_run_program(prelude, vars(module)) if prelude else None) or _run_program(source, vars(module))
+    error = _run_program(prelude, vars(module)) or _run_program(source, vars(module))
     if error and error[1] == "SystemExit":
         status, error = error[3], None
     try:                               # as at the end of a real interpreter: wait for threads, run atexit, flush

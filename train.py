@@ -12,8 +12,8 @@ A run leaves runs/<name>/: config.json, report.md and its figures, and for each 
 
 Read it as: `Settings`, what can be set and why; `Run`, the plumbing all phases share (ranks, log, checkpoints, one optimizer
 step); `Data` and `Scorer`; `mid_training` and `experiment`, the paper's story in order. The loop of each phase is in its own module
-(`estep.e_step`, `mstep.m_step`, `rlvr.grpo`), the report at the end. Every random draw is seeded by what it is for, (seed, phase, step, problem, sample), so neither the number of ranks
-nor a restart changes what is drawn.
+(`estep.e_step`, `mstep.m_step`, `rlvr.grpo`), the report at the end. Every random draw is seeded by what it is for, (seed, phase, step,
+problem, sample), so neither the number of ranks nor a restart changes what is drawn.
 """
 import argparse
 import contextlib
@@ -725,9 +725,7 @@ def mid_training(run: Run, base: GPT, data: Data, scorer: Scorer) -> GPT:
 
 
 def warm_up(run: Run, base: GPT, data: Data, box: Sandbox) -> GPT:
-    """The base that all arms start from: trained on commented programs first, if --warm-data says so."""
-    if not run.s.warm_steps:
-        return base
+    """The base that all arms start from where --warm-data says so: trained on commented programs first."""
     scorer, heldout = Scorer(run, data, box), [p.trace() for p in data.heldout]
     return run.stage("warm", base, lambda m: mstep.m_step(run, "warm", m, data, data.warm, heldout, run.s.warm_steps, scorer.greedy))
 
@@ -737,7 +735,7 @@ def experiment(run: Run, base: GPT, data: Data, box: Sandbox):
     s, scorer, heldout = run.s, Scorer(run, data, box), [p.trace() for p in data.heldout]
     if s.warm_steps:
         run.once("eval/cold", lambda: scorer.full(base))
-    base = warm_up(run, base, data, box)
+        base = warm_up(run, base, data, box)
 
     def ntp(name: str, n: int) -> GPT:
         model = base
