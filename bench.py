@@ -169,7 +169,7 @@ def complete(model: GPT, enc, problems: list[Problem], seeds: list, **sampling):
 
 
 def judge(box: Sandbox, problems: list[Problem], completions: list[str]) -> Iterator[Verdict]:
-    """Yields the verdict on a completion of each problem. Raises ValueError if a problem's own tests are wrong."""
+    """Yields the verdict on a completion of each problem. Raises ValueError if a problem is wrong itself."""
     try:
         yield from box.iter([p.job(text) for p, text in zip(problems, completions)])
     except InvalidJob as e:
@@ -186,7 +186,7 @@ def attempt(model: GPT, enc, problems: list[Problem], seeds: list, box: Sandbox,
 
 
 def judged_rows(name: str, attempts: list[tuple[Problem, int, str]], box: Sandbox) -> Iterator[dict]:
-    """Yields a row of a results file for each (problem, number of the sample, text), as soon as it is there."""
+    """Yields a row of a results file, once it is judged, for each (problem, number of the sample, text)."""
     verdicts = judge(box, [p for p, _, _ in attempts], [text for _, _, text in attempts])
     for (p, j, text), verdict in zip(attempts, verdicts):
         yield dict(benchmark=name, id=p.id, sample=j, completion=text) | verdict._asdict()
@@ -308,8 +308,8 @@ def as_docstring(*parts: str | None) -> str:
 def strict(test: str) -> str:
     """A test of EvalPlus's hub copies without three faults.
 
-    np.allclose finds [] near to any number; one form of `assertion` asserts nothing; and HumanEval/32, the root of
-    a polynomial, takes the root for the polynomial.
+    np.allclose finds [] near to any number; one form of `assertion` asserts nothing; and HumanEval/32, a root
+    of a polynomial, takes the root for the polynomial.
     """
     test = test.replace("np.allclose(out, exp,", "np.shape(out) == np.shape(exp) and np.allclose(out, exp,")
     test = test.replace(" == (out is not None)\n", " == (out is not None)\n    assert exact_match\n")
@@ -541,7 +541,10 @@ def file_rows(file: Path) -> Iterator[dict]:
 
 
 def hub_rows(name: str, split: str, subset: str | None = None, start: int = 0) -> Iterator[dict]:
-    """Yields the rows of a hub dataset, or of JSON files there (hf://...), from row `start` on. Raises ValueError."""
+    """Yields the rows of a hub dataset, or of JSON files there (hf://...), from row `start` on.
+
+    Raises ValueError for what cannot be had.
+    """
     import datasets
     from huggingface_hub import HfApi, constants
     offline = constants.HF_HUB_OFFLINE                 # then from the local cache
@@ -550,7 +553,7 @@ def hub_rows(name: str, split: str, subset: str | None = None, start: int = 0) -
             data = datasets.load_dataset("json", data_files=name, split="train", streaming=True)
         else:
             if not offline:
-                HfApi().dataset_info(name, timeout=10)      # fails at once; load_dataset tries for half a minute
+                HfApi().dataset_info(name, timeout=10)      # fails at once, load_dataset after half a minute
             data = datasets.load_dataset(name, subset, split=split, streaming=not offline)
         yield from data.skip(start)
     except Exception as e:                             # the many ways of a network to fail
@@ -649,9 +652,9 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description="A row of the paper's Table 1, then a JSON line.")
     add = parser.add_argument
     add("--model", help="a folder in the Hugging Face layout, or a hub name; without it only --out is scored")
-    add("--judge", metavar="FILE", help="judge completions made elsewhere, in human-eval's or EvalPlus's format, "
-                                        "or the benchmark's own solutions (the word references)")
-    add("--benchmarks", default=",".join(TABLE_1), help=f"world, {', '.join(SOURCES)}; or a split, mbpp:train")
+    add("--judge", metavar="FILE", help="judge completions made elsewhere, in the format of human-eval or EvalPlus, "
+                                        "or the benchmark's own solutions: the word references")
+    add("--benchmarks", default=",".join(TABLE_1), help=f"of world, {', '.join(SOURCES)}; a split: mbpp:train")
     add("--data-dir", help="folder with the benchmarks as JSONL; without it they come from the hub")
     add("--limit", type=int, help="only the first so many problems of each benchmark")
     add("--dates", default="", help="only problems of 2024-01-31:2024-06-30, say, the second date excluded")
@@ -664,7 +667,7 @@ def main(argv: list[str] | None = None):
     add("--batch-size", type=int, default=64, help="samples that grow side by side, and then are judged")
     add("--device", help="default: the GPU where there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a CPU float32")
-    add("--out", type=Path, default="results.jsonl", help="file of samples; a run that was cut off goes on there")
+    add("--out", type=Path, default="results.jsonl", help="all samples; a run that was cut off goes on there")
     args = parser.parse_args(argv)
     try:
         print(json.dumps(command(args)))

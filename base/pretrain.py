@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import tiktoken
@@ -63,7 +64,7 @@ def write_tokenizer(enc: tiktoken.Encoding, folder):
     config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=next(iter(enc._special_tokens), None))
     for name, content in {"tokenizer.json": tokenizer, "tokenizer_config.json": config}.items():
         text = json.dumps(content, ensure_ascii=False) + "\n"
-        write_whole(Path(folder) / name, lambda file: file.write_text(text, encoding="utf-8"))
+        write_whole(Path(folder, name), partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------- the model
