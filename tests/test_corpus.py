@@ -1,0 +1,72 @@
+"""Corpora: programs of files, folders and datasets, cleaned and cut."""
+import itertools
+import json
+
+import datasets
+import pytest
+from huggingface_hub import HfApi
+
+from elbo import statements
+from mstep import corpus
+
+GOOD = "# a comment line\nimport os\n\n\n@property\ndef f(x):\n    # why\n    return x  # kept\n\n\nclass A:\n    y = 1\n"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_programs_are_cleaned_and_cut(tmp_path):
+    texts = [GOOD, "This is a text, no program", "print 'python 2'", "", "x = 1\r\n", "if x:\n", "s = '''" + "y" * 400 + "'''\n"]
+    name = write(tmp_path / "c.jsonl", [{"content": text} for text in texts])
+    whole = "import os\n\n\n@property\ndef f(x):\n    return x  # kept\n\n\nclass A:\n    y = 1\n"
+    assert list(corpus(name, "content", 200)) == [(0, whole), (4, "x = 1\n")]
+    assert list(corpus(name, "content", 50)) == [(0, "import os\n"), (0, "@property\ndef f(x):\n    return x  # kept\n"),
+                                                 (0, "class A:\n    y = 1\n"), (4, "x = 1\n")]
+    assert next(corpus(name, "content", 200, comments=True)) == (0, GOOD)
+
+
+def test_a_text_that_is_missing_is_no_program(tmp_path):
+    assert list(corpus(write(tmp_path / "c.jsonl", [{"text": None}, {"text": "x = 1\n"}]))) == [(1, "x = 1\n")]
+
+
+def test_a_corpus_reads_on_from_a_row(tmp_path):
+    for i in range(7):
+        (tmp_path / f"{i}.py").write_text(f"a = {i}\n\n\ndef f():\n    return {i}\n")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/left_out.py").write_text("x = 1\n")
+    straight = list(corpus(str(tmp_path), limit=25))
+    assert len(straight) == 14 and [row for row, _ in straight] == sorted([*range(7)] * 2)
+    assert list(corpus(str(tmp_path), limit=25, start=3)) == straight[6:]
+
+
+def test_parquet_and_the_standard_library(tmp_path):
+    datasets.Dataset.from_dict({"code": ["x = 1\n", "y = 2\n"]}).to_parquet(str(tmp_path / "p.parquet"))
+    assert list(corpus(str(tmp_path / "p.parquet"), "code")) == [(0, "x = 1\n"), (1, "y = 2\n")]
+    found = [text for _, text in itertools.islice(corpus("stdlib", limit=2000), 15)]
+    assert all(len(text) <= 2000 and statements(text) for text in found)
+    assert not any(line.startswith("#") for text in found for line in text.splitlines() if '"""' not in text and "'''" not in text)
+
+
+def test_a_hub_dataset_is_streamed_by_name_and_column(monkeypatch):
+    asked = []
+    rows = datasets.Dataset.from_dict({"content": [f"x = {i}\n" for i in range(5)]}).to_iterable_dataset()
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **_: asked.append(name))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **kw: asked.append((a, kw)) or rows)
+    assert list(corpus("me/code", "content", start=3)) == [(3, "x = 3\n"), (4, "x = 4\n")]
+    assert asked == ["me/code", (("me/code", None), {"split": "train", "streaming": True})]
+
+
+def test_a_missing_column_is_named(tmp_path):
+    with pytest.raises(ValueError, match="row 1 has no column 'txt'; its columns are text"):
+        list(corpus(write(tmp_path / "c.jsonl", [{"text": "x = 1\n"}]), "txt"))
+
+
+def test_a_gated_dataset_is_called_so(monkeypatch):
+    def refuse(*a, **kw):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'me/code' is a gated dataset on the Hub.")
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **_: None)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match="'me/code' is a gated dataset .*hf auth login"):
+        list(corpus("me/code"))

@@ -1,0 +1,89 @@
+"""The embedded world and the maker of its base model."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiktoken
+
+import bench
+from base import pretrain, world
+from elbo import parse
+from model import GPT2_TIKTOKEN, load_tokenizer
+from sandbox import Sandbox
+
+ROOT = Path(__file__).resolve().parents[1]
+EOS = 256
+ENC = tiktoken.Encoding("bytes", pat_str=GPT2_TIKTOKEN, mergeable_ranks={bytes([i]): i for i in range(256)},
+                        special_tokens={"<|endoftext|>": EOS})
+
+
+@pytest.fixture(scope="module")
+def box():
+    with Sandbox(2) as box:
+        yield box
+
+
+def test_world_is_a_function_of_its_arguments_and_splits_are_disjoint():
+    train, held, web = bench.world("train", 60, 0), bench.world("eval", 60, 0), bench.world("web", 60, 0)
+    assert train == bench.world("train", 60, 0) and train != bench.world("train", 60, 1)
+    assert {p.prompt for p in held}.isdisjoint(p.prompt for p in train + web)
+    assert all(len({p.prompt for p in ps}) == 60 and len({p.id for p in ps}) == 60 for ps in (train, held, web))
+    with pytest.raises(ValueError, match="unknown kind"):
+        bench.world("test", 1, 0)
+
+
+def test_world_programs_pass_carry_no_comments_and_no_changed_constant_passes(box):
+    problems = bench.world("train", 12, 1) + bench.world("eval", 12, 1)
+    for p in problems:
+        assert "#" not in p.solution and ENC.decode(parse(ENC, p.prompt, p.solution, EOS).prompt) == p.prompt
+    assert all(v.passed for v in bench.judge(box, problems, [p.solution for p in problems]))
+    # A constant stands after + - < >; on values from -70 to 70 one more or less changes what the program returns, unless the step before
+    # or after it makes it void (`x > 9` after `x > 12`), so a few survivors are no fault.
+    mutants = [(p, p.solution[:m.start(1)] + str(int(m[1]) + d) + p.solution[m.end(1):])
+               for p in problems for m in re.finditer(r"x [-+<>*] (\d+)", p.solution) for d in (1, -1)]
+    survived = sum(v.passed for v in bench.judge(box, *map(list, zip(*mutants))))
+    assert len(mutants) > 30 and survived <= len(mutants) // 10
+
+
+def test_web_code_is_commented_here_and_there():
+    share = sum("#" in p.solution for p in bench.world("web", 200, 0)) / 200
+    assert 0.1 < share < 0.9
+
+
+def test_a_step_means_what_its_lines_do():
+    xs = [3, -8, 0, 12, 7, 7, -1]
+    for kind in world.LINES:
+        step = world.Step(kind, (("", 3), ("*", 4), ("-", 5)) if kind in world.COMPUTED else ())
+        space = {"xs": list(xs)}
+        exec("\n".join(step.lines()), space)
+        assert space["xs"] == step.run(xs)
+    step = world.Step("add", (("", 3), ("*", 4), ("-", 5)))
+    assert step.text() == "add 3 * 4 - 5" and step.lines() == ["xs = [x + 7 for x in xs]"]
+    assert [step.working(n) for n in (1, 2, 3)] == ["3", "3 * 4 = 12", "3 * 4 = 12 - 5 = 7"]
+
+
+def test_the_base_models_tokenizer_can_be_made_again(tmp_path):
+    enc = pretrain.train_tokenizer()
+    pretrain.write_tokenizer(enc, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "base" / name).read_bytes()
+    back, text = load_tokenizer(tmp_path), "def f(xs):\n    # 3 * 4 = 12\n    return xs[::-1]  # é\n"
+    assert back.encode_ordinary(text) == enc.encode_ordinary(text) and back.eot_token == enc.eot_token
+    orphan = tiktoken.Encoding("orphan", pat_str=GPT2_TIKTOKEN, special_tokens={},
+                               mergeable_ranks={bytes([i]): i for i in range(256)} | {b"abc": 256})
+    with pytest.raises(ValueError, match="no merge makes the token b'abc'"):
+        pretrain.write_tokenizer(orphan, tmp_path)
+
+
+def test_a_model_that_is_there_is_not_written_over():
+    before = (ROOT / "base/model.safetensors").stat().st_mtime
+    done = subprocess.run([sys.executable, ROOT / "base/pretrain.py", ROOT / "base", "--tokens", "1"], capture_output=True, text=True)
+    assert done.returncode and "holds a model already" in done.stderr and "--force" in done.stderr
+    assert (ROOT / "base/model.safetensors").stat().st_mtime == before
+
+
+def test_the_script_prints_programs():
+    printed = subprocess.run([sys.executable, ROOT / "base/world.py", "eval"], capture_output=True, text=True, check=True).stdout
+    assert printed == "".join(row["prompt"] + row["solution"] + "\n" for row in world.rows("eval", 4, 0))
