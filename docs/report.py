@@ -20,15 +20,12 @@ from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from elbo import ACTION, LATENT, PROMPT, Trace
 from model import load_tokenizer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # The rows of tables: {key of a record: title}.
 ARMS = {
@@ -43,17 +40,9 @@ ARMS = {
 }
 DIFFERENCES = {"ra3-base": "RA3 - base", "ra3-ntp": "RA3 - NTP", "ra3-ntp-long": "RA3 - NTP, RA3's compute"}
 # Their columns: {number of a record: title}, in percent where FORMATS names nothing else.
-SCORES = {
-    "greedy": "greedy pass@1",
-    "pass@1": "pass@1 (T=1)",
-    "pass@5": "pass@5 (T=1)",
-    "nll": "nats per action token",
-}
-RATES = {
-    "think": "lines",
-    "think_needed": "steps with a constant to be worked out",
-    "think_other": "other steps",
-}
+SCORES = {"greedy": "greedy pass@1", "pass@1": "pass@1 (T=1)", "pass@5": "pass@5 (T=1)"}
+SCORES |= {"nll": "nats per action token"}
+RATES = {"think": "lines", "think_needed": "steps with a constant to be worked out", "think_other": "other steps"}
 COST = {
     "seconds": "seconds",
     "tokens": "tokens through the model (a training token counts three times)",
@@ -61,23 +50,24 @@ COST = {
 }
 FORMATS = {"reward": ".2f", "uplift": ".2f", "nll": ".4f",
            "seconds": ".0f", "tokens": ",.0f", "peak_gb": ".2f"}
-# Figures: file, title, number, phases (RA3's last).
-E_STEP = [
-    ("estep_reward", "reward, nats per line", "reward", ["estep"]),
-    ("estep_think", "lines with a rationale", "think", ["estep"]),
-    ("estep_uplift", "return with a rationale less without, nats", "uplift", ["estep"]),
-]
-M_STEP = [
-    ("mstep_nll", "nats per held-out action token", "nll", ["ntp", "ra3"]),
-    ("mid_accuracy", "greedy pass@1 in mid-training", "greedy", ["ntp", "ra3"]),
-]
-RLVR = [("rlvr", "greedy pass@1 in RLVR", "greedy", ["rlvr-base", "rlvr-ntp", "rlvr-ra3"])]
+# {heading: (file, title, number, phases with RA3's last)}.
+FIGURES = {
+    "Figure 1: the E-step": [
+        ("estep_reward", "reward, nats per line", "reward", ["estep"]),
+        ("estep_think", "lines with a rationale", "think", ["estep"]),
+        ("estep_uplift", "return with a rationale less without, nats", "uplift", ["estep"]),
+    ],
+    "Figures 3 and 4: the M-step": [
+        ("mstep_nll", "nats per held-out action token", "nll", ["ntp", "ra3"]),
+        ("mid_accuracy", "greedy pass@1 in mid-training", "greedy", ["ntp", "ra3"]),
+    ],
+    "Figure 5: RLVR": [("rlvr", "greedy pass@1 in RLVR", "greedy", ["rlvr-base", "rlvr-ntp", "rlvr-ra3"])],
+}
+# Which lines of the world are part of a step with a constant to be worked out, and which are another step.
+STEPS = {"think_needed": r".* N|out = \[\]", "think_other": r"xs = (?!out$|.* N)"}
 COLOURS = {"base": "tab:gray", "ntp": "tab:blue", "ra3": "tab:red", "estep": "tab:red"}
 # Settings that change no result, or only by the draws.
 NOT_COMPARED = {"name", "seed", "resume", "micro_batch", "sample_batch", "save_every", "data_dir"}
-
-
-# ---------------------------------------------------------------------------------------- what a run has left
 
 
 @dataclass
@@ -130,16 +120,12 @@ def group_by_settings(runs: list[Run]) -> dict[str, list[Run]]:
     groups = defaultdict(list)
     for run in runs:
         settings, reference = run.config["settings"], runs[0].config["settings"]
-        changed = [name for name in settings if settings[name] != reference.get(name)]
-        changed = [name for name in changed if name not in NOT_COMPARED]
-        label = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in changed)
+        changed = [name for name in settings.keys() - NOT_COMPARED if settings[name] != reference.get(name)]
+        label = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in sorted(changed))
         if settings["seed"] in [other.config["settings"]["seed"] for other in groups[label]]:
             raise ValueError(f"{run.folder}: another of the runs has its settings and its seed")
         groups[label].append(run)
     return groups
-
-
-# --------------------------------------------------------------------------------------------- where q thinks
 
 
 def text_of(enc, trace: Trace, kinds: tuple, lines) -> str:
@@ -151,33 +137,20 @@ def text_of(enc, trace: Trace, kinds: tuple, lines) -> str:
     return text.rstrip()
 
 
-def step_of(form: str) -> str:
-    """What a line of the world begins: a step with a constant to be worked out, another step, or nothing."""
-    if " N" in form or form == "out = []":
-        return "think_needed"
-    return "think_other" if form.startswith("xs = ") and form != "xs = out" else ""
-
-
 def count_forms(run: Run) -> list[list]:
-    """The commonest forms of lines, their constants written N: rows of form, number, share with a rationale.
-
-    Puts the RATES into the record "infused".
-    """
-    places, thinks = Counter(), Counter()
+    """Rows of form of line (constants written N), number, share with a rationale; the RATES become a record."""
+    places, thinks, world = Counter(), Counter(), run.config["settings"]["benchmark"] == "world"
     for trace in run.infused():
         for t, rationale in enumerate(trace.thinks()):
             first = text_of(run.enc, trace, (ACTION,), [t]).strip().partition("\n")[0]
             form = re.sub(r"(?<=x [-+<>] )\d+", "N", first)
-            step = step_of(form) if run.config["settings"]["benchmark"] == "world" else ""
-            thinks.update(["think", f"`{form}`", step] if rationale else [])
+            steps = [name for name, pattern in STEPS.items() if world and re.match(pattern, form)]
+            thinks.update(["think", f"`{form}`", *steps] if rationale else [])
             # A loop is one step: a rationale may stand before its first line, or before the `if`.
-            places.update(["think", f"`{form}`", "" if form.startswith("if ") else step])
+            places.update(["think", f"`{form}`", *([] if form.startswith("if ") else steps)])
     share = {name: thinks[name] / n for name, n in places.items()}
     run.records["infused"] = {name: share[name] for name in RATES if name in share}
     return [[name, n, f"{share[name]:.0%}"] for name, n in places.most_common() if name.startswith("`")][:20]
-
-
-# ---------------------------------------------------------------------------------------- tables and figures
 
 
 def shown(values: list, spec: str) -> str:
@@ -203,7 +176,7 @@ def summary(first: str, rows: dict, columns: dict, groups: dict, numbers: dict) 
             found = {name: [record[name] for record in records if name in record] for name in columns}
             if any(found.values()):
                 cells = [shown(values, FORMATS.get(name, ".1%")) for name, values in found.items()]
-                body.append([f"{title} {label}", *cells, max(map(len, found.values()))])
+                body.append([f"{title} {label}".strip(), *cells, max(map(len, found.values()))])
                 means = {name: round(mean(values), 6) for name, values in found.items() if values}
                 numbers[f"{key} {label}".strip().removeprefix("eval/")] = means
     return table([first, *columns.values(), "runs"], body)
@@ -211,30 +184,25 @@ def summary(first: str, rows: dict, columns: dict, groups: dict, numbers: dict) 
 
 def figure(file: Path, groups: dict, title: str, name: str, phases: list[str]) -> str:
     """Curves, mean and standard error over runs; returns the figure in Markdown, or nothing of no curves."""
-    fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    fig = Figure(figsize=(5, 3.4), layout="constrained")
+    ax = fig.subplots()
     for i, (label, runs) in enumerate(groups.items()):
         for phase in phases if len(groups) == 1 else phases[-1:]:
-            curves = [run.curves[phase, name] for run in runs]
-            curves = [curve for curve in curves if curve]
+            curves = [run.curves[phase, name] for run in runs if run.curves[phase, name]]
             if curves:
                 steps = sorted(set.intersection(*map(set, curves)))                  # that all have logged
                 values = np.array([[curve[step] for step in steps] for curve in curves])         # (runs, n)
                 error = values.std(0, ddof=len(curves) > 1) / len(curves) ** 0.5
                 colour = COLOURS[phase.removeprefix("rlvr-")] if len(groups) == 1 else f"C{i}"
-                title_ = f"{ARMS.get('eval/' + phase, 'RA3')} {label}"
-                ax.errorbar(steps, values.mean(0), error, color=colour, label=title_)
+                arm = ARMS.get("eval/" + phase, "RA3")
+                ax.errorbar(steps, values.mean(0), error, color=colour, label=f"{arm} {label}")
+    if not ax.lines:
+        return ""
     ax.set(xlabel="updates", title=title)
     ax.yaxis.set_major_formatter(f"{{x:{FORMATS.get(name, '.0%')}}}")
-    drawn = len(ax.lines) > 0
-    if drawn:
-        ax.legend(frameon=False)
-        fig.savefig(file, dpi=130)
-    plt.close(fig)
-    return f"![{title}]({file.name})" if drawn else ""
-
-
-def section(title: str, body: list[str]) -> list[str]:
-    return ["", f"## {title}", "", *body, ""] if any(body) else []
+    ax.legend(frameon=False)
+    fig.savefig(file, dpi=130)
+    return f"![{title}]({file.name})"
 
 
 def programs(run: Run, n: int) -> list[str]:
@@ -250,22 +218,23 @@ def write_report(runs: list[Run], out: Path) -> dict:
     """Write report.md and its figures, print the scores; returns the main numbers."""
     groups, numbers, first = group_by_settings(runs), {}, runs[0]
     forms = [count_forms(run) for run in runs][0]
-    scores = summary("model", ARMS, SCORES, groups, numbers)
-    problems = {run.records["eval/base"].get("problems") for run in runs}
-    where = summary("share with a rationale", {"infused": "q"}, RATES, groups, numbers)
     stages = {key: key.removeprefix("cost/") for key in first.records if key.startswith("cost/")}
-
-    def figures(drawn: list) -> list[str]:
-        return [figure(out / f"{file}.png", groups, *how) for file, *how in drawn]
-    text = [f"# {problems} held-out problems", "Mean ± standard error over runs.", *scores]
-    text += summary("difference in points", DIFFERENCES, SCORES, groups, numbers)
-    text += section("Figure 1: the E-step", figures(E_STEP))
-    text += section("Where q thinks, held-out programs", where + table(["line", "lines", "share with a rationale"], forms))
-    text += section("Figure 2: programs before and after infusion", programs(first, 4))
-    text += section("Figures 3 and 4: the M-step", figures(M_STEP))
-    text += section("Figure 5: RLVR", figures(RLVR))
-    text += section("Cost", summary("stage", stages, COST, groups, {}))
-    text += section("Runs", [f"- {run.folder}: `{json.dumps(run.config)}`" for run in runs])
+    problems = [record["problems"] for record in first.records.values() if "problems" in record]
+    scores = summary("model", ARMS, SCORES, groups, numbers)
+    what = f"Held-out problems: {max(problems, default=0)}. Means ± standard errors over runs."
+    sections = {"Scores": [what, *scores]}
+    sections["Differences in points"] = summary("models", DIFFERENCES, SCORES, groups, numbers)
+    for heading, drawn in FIGURES.items():
+        sections[heading] = [figure(out / f"{file}.png", groups, *how) for file, *how in drawn]
+    sections["Where q thinks: share of held-out lines with a rationale"] = [
+        *summary("rationales by", {"infused": "q"}, RATES, groups, numbers),
+        *table(["line", "lines", "with a rationale"], forms)]
+    sections["Figure 2: programs before and after infusion"] = programs(first, 4)
+    sections["Cost"] = summary("stage", stages, COST, groups, {})
+    sections["Runs"] = [f"- {run.folder}: `{json.dumps(run.config)}`" for run in runs]
+    text = [f"# {', '.join(run.folder.name for run in runs)}"]
+    for heading, body in sections.items():
+        text += ["", f"## {heading}", "", *body] if any(body) else []
     (out / "report.md").write_text("\n".join(text) + "\n")
     print(*scores, f"{out / 'report.md'}: tables and figures", sep="\n")
     return numbers
