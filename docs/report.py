@@ -42,7 +42,7 @@ DIFFERENCES = {"ra3-base": "RA3 - base", "ra3-ntp": "RA3 - NTP", "ra3-ntp-long":
 # Their columns: {number of a record: title}, in percent where FORMATS names nothing else.
 SCORES = {"greedy": "greedy pass@1", "pass@1": "pass@1 (T=1)", "pass@5": "pass@5 (T=1)"}
 SCORES |= {"nll": "nats per action token"}
-RATES = {"think": "lines", "think_needed": "steps with a constant to be worked out", "think_other": "other steps"}
+RATES = {"think": "lines", "think_needed": "steps with a constant to work out", "think_other": "other steps"}
 COST = {
     "seconds": "seconds",
     "tokens": "tokens through the model (a training token counts three times)",
@@ -138,7 +138,7 @@ def text_of(enc, trace: Trace, kinds: tuple, lines) -> str:
 
 
 def count_forms(run: Run) -> list[list]:
-    """Rows of form of line (constants written N), number, share with a rationale; the RATES become a record."""
+    """Rows of line (constants written N), number, share with a rationale; the RATES become a record."""
     places, thinks, world = Counter(), Counter(), run.config["settings"]["benchmark"] == "world"
     for trace in run.infused():
         for t, rationale in enumerate(trace.thinks()):
