@@ -66,8 +66,8 @@ FIGURES = {
 # Which lines of the world are part of a step with a constant to be worked out, and which are another step.
 STEPS = {"think_needed": r".* N|out = \[\]", "think_other": r"xs = (?!out$|.* N)"}
 COLOURS = {"base": "tab:gray", "ntp": "tab:blue", "ra3": "tab:red", "estep": "tab:red"}
-# Settings that change no result, or only by the draws.
-NOT_COMPARED = {"name", "seed", "resume", "micro_batch", "sample_batch", "save_every", "data_dir"}
+# Settings that change no arm's result, or only by the draws.
+NOT_COMPARED = {"name", "seed", "resume", "arms", "micro_batch", "sample_batch", "save_every", "data_dir"}
 
 
 @dataclass
@@ -200,6 +200,7 @@ def figure(file: Path, groups: dict, title: str, name: str, phases: list[str]) -
         return ""
     ax.set(xlabel="updates", title=title)
     ax.yaxis.set_major_formatter(f"{{x:{FORMATS.get(name, '.0%')}}}")
+    ax.grid(alpha=0.3)
     ax.legend(frameon=False)
     fig.savefig(file, dpi=130)
     return f"![{title}]({file.name})"

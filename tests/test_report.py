@@ -17,7 +17,8 @@ spec = importlib.util.spec_from_file_location("report", ROOT / "docs/report.py")
 report = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(report)
 ENC = load_tokenizer(ROOT / "base")
-SETTINGS = {"name": "", "seed": 0, "c": 0.05, "horizon": 6, "benchmark": "world", "micro_batch": 32}
+SETTINGS = {"name": "", "seed": 0, "c": 0.05, "horizon": 6, "benchmark": "world", "micro_batch": 32,
+            "arms": "ra3,ntp"}
 SCORES = {"greedy": 0.5, "pass@1": 0.4, "pass@5": 0.6, "problems": 8}
 
 
@@ -31,7 +32,8 @@ def mid_training(arm: str, nll: list[float], updates: int = 2) -> list[dict]:
     for i, value in enumerate(nll):
         log.append({"phase": arm, "step": i * updates, "nll": value, "greedy": value / 2})
         if i + 1 < len(nll):
-            log += [{"phase": arm, "step": i * updates + j, "loss": 1.0, "grad_norm": 1.0} for j in range(updates)]
+            steps = range(i * updates, (i + 1) * updates)
+            log += [{"phase": arm, "step": step, "loss": 1.0, "grad_norm": 1.0} for step in steps]
     return log
 
 
@@ -82,11 +84,14 @@ PROGRAM = """ xs = [x + 3 for x in xs]
 
 @pytest.fixture
 def whole(tmp_path):
-    log = [{"phase": "estep", "step": i, "reward": -0.5 + 0.1 * i, "think": 0.1 * i, "uplift": 0.2, "grad_norm": 1}
-           for i in range(3)]
+    log = []
+    for i in range(3):
+        log += [{"phase": "estep", "step": i, "reward": 0.1 * i, "think": 0.1 * i, "uplift": 0.2, "grad_norm": 1}]
     log += [{"key": "cost/estep", "seconds": 12.4, "tokens": 1234567, "peak_gb": 0.0}]
-    log += mid_training("ra3", [0.3, 0.02]) + mid_training("ntp", [0.3, 0.1]) + mid_training("ntp-long", [0.3, 0.08])
-    log += [evaluation("base"), evaluation("ra3", greedy=0.875), evaluation("ntp", greedy=0.75), evaluation("ntp-long")]
+    for arm, end in (("ra3", 0.02), ("ntp", 0.1), ("ntp-long", 0.08)):
+        log += mid_training(arm, [0.3, end])
+    log += [evaluation("base"), evaluation("ra3", greedy=0.875)]
+    log += [evaluation("ntp", greedy=0.75), evaluation("ntp-long")]
     for arm in ("base", "ntp", "ra3"):
         log += [{"phase": f"rlvr-{arm}", "step": 0, "greedy": 0.5},
                 {"phase": f"rlvr-{arm}", "step": 0, "reward": 0.4, "grad_norm": 1},
@@ -98,8 +103,9 @@ def whole(tmp_path):
 def test_one_run_is_shown_in_its_own_folder_with_all_figures(whole, capsys):
     numbers, text, printed = run_report(capsys, whole)
     assert "| RA3 | 87.5% | 40.0% | 60.0% | 0.0200 | 1 |" in printed and "| RA3 + RLVR | 50.0%" in printed
-    for part in ("Figure 1", "Figure 2", "Figures 3 and 4", "Figure 5", "Cost", "abc123", '"c": 0.05', "Held-out problems: 8."):
+    for part in ("Figure 1", "Figure 2", "Figures 3 and 4", "Figure 5", "Cost", "Held-out problems: 8."):
         assert part in text
+    assert "abc123" in text and '"c": 0.05' in text
     for figure in ("estep_reward", "estep_think", "estep_uplift", "mstep_nll", "mid_accuracy", "rlvr"):
         assert (whole / f"{figure}.png").stat().st_size > 1000 and f"({figure}.png)" in text
     assert numbers["ra3"] == {"greedy": 0.875, "pass@1": 0.4, "pass@5": 0.6, "nll": 0.02}
@@ -111,7 +117,8 @@ def test_one_run_is_shown_in_its_own_folder_with_all_figures(whole, capsys):
 def test_rationales_are_counted_per_line_and_per_step_of_which_a_loop_is_one(whole, capsys):
     numbers, text, _ = run_report(capsys, whole)
     # Two programs of 9 lines; each has three steps with a constant (add, the loop, subtract) and one without.
-    assert numbers["infused"] == pytest.approx({"think": 3 / 18, "think_needed": 2 / 6, "think_other": 1 / 2}, abs=1e-6)
+    rates = {"think": 3 / 18, "think_needed": 2 / 6, "think_other": 1 / 2}
+    assert numbers["infused"] == pytest.approx(rates, abs=1e-6)
     assert "| `xs = [x + N for x in xs]` | 2 | 50% |" in text and "| `return xs` | 2 | 0% |" in text
     assert "| `out = []` | 2 | 0% |" in text and "| `if x > N:` | 2 | 50% |" in text
 
@@ -134,7 +141,8 @@ def test_programs_stand_before_and_after_infusion_without_special_tokens(whole, 
 def test_of_several_rounds_curves_follow_one_another_and_the_last_infusion_counts(tmp_path, capsys):
     log = mid_training("ra3", [0.3, 0.2]) + mid_training("ra3.2", [0.15, 0.1])
     folder = write_run(tmp_path / "r", log, [infuse(PROGRAM, {})])
-    (folder / "infused.2.jsonl").write_text(json.dumps(asdict(infuse(PROGRAM, {0: "# x"})) | {"broken": []}) + "\n")
+    second = asdict(infuse(PROGRAM, {0: "# x"})) | {"broken": []}
+    (folder / "infused.2.jsonl").write_text(json.dumps(second) + "\n")
     assert report.read_run(folder).curves["ra3", "nll"] == {0: 0.3, 2: 0.15, 4: 0.1}
     numbers, _, _ = run_report(capsys, folder)
     assert numbers["ra3"] == {"nll": 0.1} and numbers["infused"]["think"] == pytest.approx(1 / 9, abs=1e-6)
@@ -142,14 +150,17 @@ def test_of_several_rounds_curves_follow_one_another_and_the_last_infusion_count
 
 def test_seeds_are_one_group_and_differences_are_taken_within_a_run(tmp_path, capsys):
     ra3, ntp = [0.9, 1.0, 0.8], [0.5, 0.7, 0.3]
-    folders = [write_run(tmp_path / f"s{i}", [evaluation("ra3", greedy=a), evaluation("ntp", greedy=b)], seed=i,
-                         micro_batch=i + 1, name=f"s{i}") for i, (a, b) in enumerate(zip(ra3, ntp))]
+    folders = []
+    for i, (a, b) in enumerate(zip(ra3, ntp)):
+        log = [evaluation("ra3", greedy=a), evaluation("ntp", greedy=b)]
+        folders.append(write_run(tmp_path / f"s{i}", log, seed=i, micro_batch=i + 1, arms="ra3,ntp" + i * ",x"))
     numbers, text, printed = run_report(capsys, *folders)
     assert (tmp_path / "report-s0-s1-s2/report.md").exists() and numbers["seeds"] == [0, 1, 2]
     error = 100 * math.sqrt(0.02 / 2 / 3)                       # deviations 0, 0.1, -0.1; n - 1 = 2; n = 3
     assert f"| RA3 | 90.0% ± {error:.1f}% | 40.0% ± 0.0% " in printed
     # Gaps of 0.4, 0.3 and 0.5: less spread than either arm's own.
-    assert numbers["ra3-ntp"]["greedy"] == pytest.approx(0.4) and f"| RA3 - NTP | 40.0% ± {error:.1f}%" in text
+    assert numbers["ra3-ntp"]["greedy"] == pytest.approx(0.4)
+    assert f"| RA3 - NTP | 40.0% ± {error:.1f}%" in text
 
 
 def test_settings_that_differ_make_groups_named_by_their_flags(tmp_path, capsys):
@@ -164,7 +175,8 @@ def test_settings_that_differ_make_groups_named_by_their_flags(tmp_path, capsys)
 
 
 def test_what_is_not_there_is_left_out(tmp_path, capsys):
-    folder = write_run(tmp_path / "young", [{"phase": "estep", "step": 0, "reward": -0.5, "think": 0.1, "grad_norm": 1}])
+    first = {"phase": "estep", "step": 0, "reward": -0.5, "think": 0.1, "grad_norm": 1}
+    folder = write_run(tmp_path / "young", [first])
     with open(folder / "metrics.jsonl", "a") as f:
         f.write('{"phase": "estep", "st')                       # still in writing
     numbers, text, _ = run_report(capsys, folder)
