@@ -184,8 +184,7 @@ def summary(first: str, rows: dict, columns: dict, groups: dict, numbers: dict) 
 
 def figure(file: Path, groups: dict, title: str, name: str, phases: list[str]) -> str:
     """Curves, mean and standard error over runs; returns the figure in Markdown, or nothing of no curves."""
-    fig = Figure(figsize=(5, 3.4), layout="constrained")
-    ax = fig.subplots()
+    ax = Figure(figsize=(5, 3.4), layout="constrained").subplots()
     for i, (label, runs) in enumerate(groups.items()):
         for phase in phases if len(groups) == 1 else phases[-1:]:
             curves = [run.curves[phase, name] for run in runs if run.curves[phase, name]]
@@ -202,7 +201,7 @@ def figure(file: Path, groups: dict, title: str, name: str, phases: list[str]) -
     ax.yaxis.set_major_formatter(f"{{x:{FORMATS.get(name, '.0%')}}}")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    fig.savefig(file, dpi=130)
+    ax.figure.savefig(file, dpi=130)
     return f"![{title}]({file.name})"
 
 
@@ -220,10 +219,9 @@ def write_report(runs: list[Run], out: Path) -> dict:
     groups, numbers, first = group_by_settings(runs), {}, runs[0]
     forms = [count_forms(run) for run in runs][0]
     stages = {key: key.removeprefix("cost/") for key in first.records if key.startswith("cost/")}
-    problems = [record["problems"] for record in first.records.values() if "problems" in record]
+    problems = max([r["problems"] for r in first.records.values() if "problems" in r], default=0)
     scores = summary("model", ARMS, SCORES, groups, numbers)
-    what = f"Held-out problems: {max(problems, default=0)}. Means ± standard errors over runs."
-    sections = {"Scores": [what, *scores]}
+    sections = {"Scores": [f"Held-out problems: {problems}. Means ± standard errors over runs.", *scores]}
     sections["Differences in points"] = summary("models", DIFFERENCES, SCORES, groups, numbers)
     for heading, drawn in FIGURES.items():
         sections[heading] = [figure(out / f"{file}.png", groups, *how) for file, *how in drawn]

@@ -86,7 +86,8 @@ PROGRAM = """ xs = [x + 3 for x in xs]
 def whole(tmp_path):
     log = []
     for i in range(3):
-        log += [{"phase": "estep", "step": i, "reward": 0.1 * i, "think": 0.1 * i, "uplift": 0.2, "grad_norm": 1}]
+        stats = {"reward": 0.1 * i, "think": 0.1 * i, "uplift": 0.2, "grad_norm": 1}
+        log.append({"phase": "estep", "step": i, **stats})
     log += [{"key": "cost/estep", "seconds": 12.4, "tokens": 1234567, "peak_gb": 0.0}]
     for arm, end in (("ra3", 0.02), ("ntp", 0.1), ("ntp-long", 0.08)):
         log += mid_training(arm, [0.3, end])
@@ -153,7 +154,8 @@ def test_seeds_are_one_group_and_differences_are_taken_within_a_run(tmp_path, ca
     folders = []
     for i, (a, b) in enumerate(zip(ra3, ntp)):
         log = [evaluation("ra3", greedy=a), evaluation("ntp", greedy=b)]
-        folders.append(write_run(tmp_path / f"s{i}", log, seed=i, micro_batch=i + 1, arms="ra3,ntp" + i * ",x"))
+        no_matter = {"micro_batch": i + 1, "arms": "ra3,ntp" + i * ",ntp-long"}
+        folders.append(write_run(tmp_path / f"s{i}", log, seed=i, **no_matter))
     numbers, text, printed = run_report(capsys, *folders)
     assert (tmp_path / "report-s0-s1-s2/report.md").exists() and numbers["seeds"] == [0, 1, 2]
     error = 100 * math.sqrt(0.02 / 2 / 3)                       # deviations 0, 0.1, -0.1; n - 1 = 2; n = 3
