@@ -43,25 +43,22 @@ DIFFERENCES = {"ra3-base": "RA3 - base", "ra3-ntp": "RA3 - NTP", "ra3-ntp-long":
 SCORES = {"greedy": "greedy pass@1", "pass@1": "pass@1 (T=1)", "pass@5": "pass@5 (T=1)"}
 SCORES |= {"nll": "nats per action token"}
 RATES = {"think": "lines", "think_needed": "steps with a constant to work out", "think_other": "other steps"}
-COST = {
-    "seconds": "seconds",
-    "tokens": "tokens through the model (a training token counts three times)",
-    "peak_gb": "GB of the GPU at most",
-}
+COST = {"seconds": "seconds", "tokens": "tokens through the model (in training: three times)"}
+COST |= {"peak_gb": "GB of the GPU so far, at most"}
 FORMATS = {"reward": ".2f", "uplift": ".2f", "nll": ".4f",
            "seconds": ".0f", "tokens": ",.0f", "peak_gb": ".2f"}
-# {heading: (file, title, number, phases with RA3's last)}.
+# {heading: {file: (title, number, phases with RA3's last)}}.
 FIGURES = {
-    "Figure 1: the E-step": [
-        ("estep_reward", "reward, nats per line", "reward", ["estep"]),
-        ("estep_think", "lines with a rationale", "think", ["estep"]),
-        ("estep_uplift", "return with a rationale less without, nats", "uplift", ["estep"]),
-    ],
-    "Figures 3 and 4: the M-step": [
-        ("mstep_nll", "nats per held-out action token", "nll", ["ntp", "ra3"]),
-        ("mid_accuracy", "greedy pass@1 in mid-training", "greedy", ["ntp", "ra3"]),
-    ],
-    "Figure 5: RLVR": [("rlvr", "greedy pass@1 in RLVR", "greedy", ["rlvr-base", "rlvr-ntp", "rlvr-ra3"])],
+    "Figure 1: the E-step": {
+        "estep_reward": ("reward, nats per line", "reward", ["estep"]),
+        "estep_think": ("lines with a rationale", "think", ["estep"]),
+        "estep_uplift": ("return with a rationale less without, nats", "uplift", ["estep"]),
+    },
+    "Figures 3 and 4: the M-step": {
+        "mstep_nll": ("nats per held-out action token", "nll", ["ntp", "ra3"]),
+        "mid_accuracy": ("greedy pass@1 in mid-training", "greedy", ["ntp", "ra3"]),
+    },
+    "Figure 5: RLVR": {"rlvr": ("greedy pass@1 in RLVR", "greedy", ["rlvr-base", "rlvr-ntp", "rlvr-ra3"])},
 }
 # Which lines of the world are part of a step with a constant to be worked out, and which are another step.
 STEPS = {"think_needed": r".* N|out = \[\]", "think_other": r"xs = (?!out$|.* N)"}
@@ -111,7 +108,8 @@ def read_run(folder: Path) -> Run:
     ra3 = run.records["eval/ra3"]
     for key in DIFFERENCES:
         other = run.records[key.replace("ra3-", "eval/")]
-        run.records[key] = {name: ra3[name] - other[name] for name in SCORES if name in ra3 and name in other}
+        both = [name for name in SCORES if name in ra3 and name in other]
+        run.records[key] = {name: ra3[name] - other[name] for name in both}
     return run
 
 
@@ -132,9 +130,8 @@ def text_of(enc, trace: Trace, kinds: tuple, lines) -> str:
     """The text of the trace's tokens of these kinds and lines."""
     places = zip(trace.tokens, trace.kind, trace.line)
     text = enc.decode([token for token, kind, line in places if kind in kinds and line in lines])
-    for special in enc.special_tokens_set:
-        text = text.replace(special, "")
-    return text.rstrip()
+    special = "|".join(map(re.escape, enc.special_tokens_set))
+    return re.sub(special, "", text).rstrip()
 
 
 def count_forms(run: Run) -> list[list]:
@@ -150,7 +147,8 @@ def count_forms(run: Run) -> list[list]:
             places.update(["think", f"`{form}`", *([] if form.startswith("if ") else steps)])
     share = {name: thinks[name] / n for name, n in places.items()}
     run.records["infused"] = {name: share[name] for name in RATES if name in share}
-    return [[name, n, f"{share[name]:.0%}"] for name, n in places.most_common() if name.startswith("`")][:20]
+    commonest = [name for name, _ in places.most_common() if name not in RATES]
+    return [[name, places[name], f"{share[name]:.0%}"] for name in commonest[:20]]
 
 
 def shown(values: list, spec: str) -> str:
@@ -163,11 +161,12 @@ def shown(values: list, spec: str) -> str:
 
 def table(head: list, rows: list[list]) -> list[str]:
     """A table in Markdown, or nothing of no rows."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
+    rows = rows and [head, ["---"] * len(head), *rows]
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return ["", *lines, ""] if rows else []
 
 
-def summary(first: str, rows: dict, columns: dict, groups: dict, numbers: dict) -> list[str]:
+def summary(first: str, rows: dict, columns: dict, groups: dict, numbers: dict):
     """A table of means over each group's runs, which are put into `numbers` too."""
     body = []
     for label, runs in groups.items():
@@ -182,7 +181,7 @@ def summary(first: str, rows: dict, columns: dict, groups: dict, numbers: dict) 
     return table([first, *columns.values(), "runs"], body)
 
 
-def figure(file: Path, groups: dict, title: str, name: str, phases: list[str]) -> str:
+def figure(file: Path, groups: dict, title: str, name: str, phases: list) -> str:
     """Curves, mean and standard error over runs; returns the figure in Markdown, or nothing of no curves."""
     ax = Figure(figsize=(5, 3.4), layout="constrained").subplots()
     for i, (label, runs) in enumerate(groups.items()):
@@ -219,12 +218,12 @@ def write_report(runs: list[Run], out: Path) -> dict:
     groups, numbers, first = group_by_settings(runs), {}, runs[0]
     forms = [count_forms(run) for run in runs][0]
     stages = {key: key.removeprefix("cost/") for key in first.records if key.startswith("cost/")}
-    problems = max([r["problems"] for r in first.records.values() if "problems" in r], default=0)
+    problems = first.records["eval/base"].get("problems")
     scores = summary("model", ARMS, SCORES, groups, numbers)
     sections = {"Scores": [f"Held-out problems: {problems}. Means ± standard errors over runs.", *scores]}
     sections["Differences in points"] = summary("models", DIFFERENCES, SCORES, groups, numbers)
     for heading, drawn in FIGURES.items():
-        sections[heading] = [figure(out / f"{file}.png", groups, *how) for file, *how in drawn]
+        sections[heading] = [figure(out / f"{file}.png", groups, *how) for file, how in drawn.items()]
     sections["Where q thinks: share of held-out lines with a rationale"] = [
         *summary("rationales by", {"infused": "q"}, RATES, groups, numbers),
         *table(["line", "lines", "with a rationale"], forms)]
@@ -244,9 +243,10 @@ def main(argv: list[str] | None = None):
     ap.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     ap.add_argument("--out", type=Path, help="where to write; default: the only run, or report-... beside")
     args = ap.parse_args(argv)
-    names = "-".join(folder.name for folder in args.runs)
-    out = args.out or args.runs[0].parent / (names if len(args.runs) == 1 else f"report-{names}")
-    runs = [read_run(folder) for folder in args.runs]
+    runs, out = [read_run(folder) for folder in args.runs], args.out
+    if not out:
+        names = "-".join(["report", *(run.folder.name for run in runs)])
+        out = runs[0].folder if len(runs) == 1 else runs[0].folder.parent / names
     out.mkdir(parents=True, exist_ok=True)
     numbers = write_report(runs, out)
     seeds = sorted({run.config["settings"]["seed"] for run in runs})
