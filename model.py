@@ -143,7 +143,7 @@ class Block(nn.Module):
 
 def autocast(device: torch.device):
     """bfloat16 products on a GPU. Its casts of the weights last as long as the outermost such context."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
 
 class GPT(nn.Module):
@@ -621,9 +621,12 @@ class HubEncoding(tiktoken.Encoding):
     def __getstate__(self):                          # for pickle: the arguments of __init__
         return {**super().__getstate__(), "size": self.size, "nfc": self.nfc, "bos": self.bos, "source": self.source}
 
-    def encode_ordinary(self, text: str) -> list[int]:
+    def encode(self, text: str, **special) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
-        return [t for t in super().encode_ordinary(text) if t < self.size]
+        return [t for t in super().encode(text, **special) if t < self.size]
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.encode(text, disallowed_special=())
 
 
 def load_tokenizer(name) -> HubEncoding:
@@ -678,10 +681,11 @@ def split_pattern(pre: dict) -> str | None:
     *first, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     if last["type"] != "ByteLevel" or last.get("add_prefix_space") or len(first) > 1:
         return None
-    before = first[0] if first else None
     if last.get("use_regex", True):
-        return {None: GPT2, "Digits": GPT2_DIGITS}.get(before and before["type"])
-    return before["pattern"].get("Regex") if before and before.get("behavior") == "Isolated" else None
+        digits = [{"type": "Digits", "individual_digits": True}]
+        return GPT2 if not first else GPT2_DIGITS if first == digits else None
+    own = first[0] if first else {}
+    return own["pattern"].get("Regex") if own.get("behavior") == "Isolated" and not own["invert"] else None
 
 
 def beginning(post: dict | None) -> list[int]:
