@@ -37,7 +37,7 @@ from torch import Tensor
 
 from model import encode_prompt
 
-# ------------------------------------------------------------------------------------- what each token of a text is
+# ------------------------------------------------------------------------------ what each token of a text is
 
 PROMPT, LATENT, ACTION = 0, 1, 2      # given text; chosen by q; the expert's (or, in RLVR, the policy's) code
 NO_GATE, FREE, FORCED = 0, 1, 2        # no decision point; one where q chose; one where the experiment chose
@@ -87,8 +87,7 @@ class Batch:
 
 
 def collate(traces: list[Trace], device=None) -> Batch:
-    """Pad traces on the right: padding is PROMPT, which no loss counts and, being last, no token attends to.
-    """
+    """Pad traces on the right: padding is PROMPT, which no loss counts and no token attends to."""
     width = max(len(t.tokens) for t in traces)
 
     def fill(name: str, value: int) -> Tensor:
@@ -103,7 +102,7 @@ def chunks(items: list, n: int) -> list[list]:
     return [items[i:i + n] for i in range(0, len(items), n)]
 
 
-# ------------------------------------------------------------------------------------------------------ likelihoods
+# ----------------------------------------------------------------------------------------------- likelihoods
 
 
 def logits_of(model, batch: Batch) -> Tensor:
@@ -131,8 +130,7 @@ def score(logits: Tensor, batch: Batch, openers: Tensor) -> tuple[Tensor, Tensor
 
 
 def log_q(gate: Tensor, token: Tensor, batch: Batch) -> Tensor:
-    """(B, T - 1): each token's part of log q(z_t | s_t, z_{t-1}): q's own gates, and the rationales' tokens.
-    """
+    """(B, T - 1): each token's part of log q(z_t | s_t, z_{t-1}): q's own gates, rationales' tokens."""
     free = batch.gate[:, 1:] == FREE
     latent = batch.kind[:, 1:] == LATENT
     return torch.where(free, gate, 0.0) + torch.where(latent, token, 0.0)
@@ -151,14 +149,13 @@ def by_line(values: Tensor, batch: Batch, n_lines: int) -> Tensor:
 
 
 def opening_gate(gate: Tensor, batch: Batch, n_lines: int) -> tuple[Tensor, Tensor]:
-    """(B, L) log q of the choice at each line's first decision point; (B, L) bool: was it q that chose there?
-    """
+    """(B, L) log q of the choice at each line's first decision point; (B, L) bool: did q choose there?"""
     new_line = batch.line[:, 1:] != batch.line[:, :-1]
     first = new_line & (batch.gate[:, 1:] == FREE)                            # (B, T-1)
     return by_line(gate * first, batch, n_lines), by_line(first.float(), batch, n_lines) > 0
 
 
-# ------------------------------------------------------------------------------------- reward, prior, KL, the bound
+# ------------------------------------------------------------------------------ reward, prior, KL, the bound
 
 
 def line_rewards(log_pi: Tensor, think: Tensor, broken: Tensor, gate: Tensor, free: Tensor, *, c: float,
@@ -182,8 +179,12 @@ def line_rewards(log_pi: Tensor, think: Tensor, broken: Tensor, gate: Tensor, fr
 
 
 def prior(alpha: float, n: int) -> Tensor:
-    """Proposition 4.1: p(z' | z) = alpha [z' = z] + (1 - alpha) / n, (n, n) over n latents: row z, column z'.
+    """Proposition 4.1: p(z' | z) = alpha [z' = z] + (1 - alpha) / n, as an (n, n) matrix, row z, column z'.
+
+    Raises ValueError unless 0 <= alpha <= 1.
     """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is a probability; got {alpha}")
     return alpha * torch.eye(n, dtype=torch.float64) + (1 - alpha) / n
 
 
@@ -193,7 +194,7 @@ def kl_exact(g: Tensor, entropy_new: Tensor, alpha: float, n: int) -> Tensor:
 
     g: q(z_t != z_{t-1}); entropy_new: entropy (nats) of q over the n - 1 other latents, given that it leaves.
 
-        KL = KL(Bern(g) || Bern(1 - alpha')) + g (log(n - 1) - H(q_new)),       alpha' = alpha + (1 - alpha) / n
+        KL = KL(Bern(g) || Bern(1 - alpha')) + g (log(n - 1) - H(q_new)),    alpha' = alpha + (1 - alpha) / n
     """
     stay = torch.as_tensor(alpha + (1 - alpha) / n, dtype=g.dtype)
     leaving = torch.xlogy(g, g) - torch.xlogy(g, 1 - stay)
@@ -212,7 +213,7 @@ def bound(log_pi: Tensor, log_q: Tensor, log_prior: Tensor, q: Tensor) -> Tensor
     return torch.where(q > 0, q * per_path, 0.0).sum()
 
 
-# -------------------------------------------------------------------------- programs as lines, cut at decision points
+# ----------------------------------------------------------------- programs as lines, cut at decision points
 
 
 @dataclass
@@ -230,8 +231,7 @@ class Program:
         return len(self.prompt) + sum(map(len, self.lines))
 
     def room(self, enc: tiktoken.Encoding, max_rationale: int) -> int:
-        """Tokens to leave free for a rationale anywhere in it: its own, and a closing that had to be forced.
-        """
+        """Tokens to leave free for a rationale anywhere: its own, and a closing that had to be forced."""
         closings = {len(enc.encode_ordinary(closing)) for closing in set(self.closings)}
         return max_rationale + 1 + max(closings)
 
@@ -283,30 +283,31 @@ def encode_pieces(enc: tiktoken.Encoding, text: str, borders: list[int]) -> list
 
 
 def rationale(enc: tiktoken.Encoding, program: Program, t: int, comment: str) -> list[int]:
-    """The tokens of the comment line `# ...` before line t, from the line's decision point to the next one.
-    """
+    """The tokens of the comment line `# ...` before line t, from one decision point to the next."""
     lead = " " if enc.decode(program.lines[t]).startswith(" ") else ""  # the indentation's last space, if any
     return enc.encode_ordinary(lead + comment + program.closings[t])
 
 
-def parse_commented(enc: tiktoken.Encoding, source: str, eos: int, max_rationale: int, max_comments: int) -> Trace:
+def parse_commented(enc, source: str, eos: int, max_rationale: int, max_comments: int = 1) -> Trace:
     """A program with its author's comments as latents: what a cold base is warmed up on.
 
-    The rationale of a line is the block of comment lines right above it. A block of more than max_comments
-    lines or max_rationale tokens is dropped, as q could not write it. Raises ValueError as `parse` does.
+    The rationale of a line is the block of comment lines right above it, at its indentation. A block of more
+    than max_comments lines or max_rationale tokens, which q could not write, is dropped. Raises as `parse` does.
     """
-    program = parse(enc, "", strip_comments(source), eos)
-    comments = comment_lines(python_tokens(source))
+    program, comments = parse(enc, "", strip_comments(source), eos), comment_lines(python_tokens(source))
     out = Trace()
     out.add(program.prompt, PROMPT)
     for t, start in enumerate(statements(source)):
+        column = start - source.rfind("\n", 0, start) - 1
         number, block = source.count("\n", 0, start) + 1, []
         while number - 1 in comments:
             number -= 1
-            block.insert(0, rationale(enc, program, t, comments[number]))
-        if len(block) <= max_comments and sum(map(len, block)) <= max_rationale:
-            for comment in block:
-                out.add(comment, LATENT, t, FREE)
+            block.insert(0, comments[number])
+        said = [rationale(enc, program, t, tok.string) for tok in block]
+        fits = len(said) <= max_comments and sum(map(len, said)) <= max_rationale
+        if fits and all(tok.start[1] == column and tok.string.strip("# \t") for tok in block):
+            for tokens in said:
+                out.add(tokens, LATENT, t, FREE)
         out.add(program.lines[t], ACTION, t, FREE)
     return out
 
@@ -319,10 +320,10 @@ def python_tokens(source: str) -> list[tokenize.TokenInfo]:
         raise ValueError(f"not a Python program: {e.args[0]}") from None
 
 
-def comment_lines(tokens: list[tokenize.TokenInfo]) -> dict[int, str]:
+def comment_lines(tokens: list[tokenize.TokenInfo]) -> dict[int, tokenize.TokenInfo]:
     """Line number, from 1 -> the comment that is all that stands there."""
     comments = [tok for tok in tokens if tok.type == tokenize.COMMENT]
-    return {tok.start[0]: tok.string for tok in comments if not tok.line[:tok.start[1]].strip()}
+    return {tok.start[0]: tok for tok in comments if not tok.line[:tok.start[1]].strip()}
 
 
 def statements(source: str) -> list[int]:

@@ -3,7 +3,7 @@
 For each expert program, q writes K versions with rationales of its own choosing; a frozen copy pi of the
 model says how predictable they made each of the expert's lines; q is moved towards what helped:
 
-    grad = E [ sum_t grad log q(z_t | s_t, z_{t-1}) (G_t - b_t) ]        G_t = sum_{j < horizon} gamma^j r_{t+j}
+    grad = E [ sum_t grad log q(z_t | s_t, z_{t-1}) (G_t - b_t) ]      G_t = sum_{j < horizon} gamma^j r_{t+j}
 
 with the reward r_t of `elbo.line_rewards` and b_t the mean return at line t of the other K - 1 versions
 (`advantages`). (`horizon` truncates the return; the horizon T of the paper is the number of decisions.) What
@@ -27,7 +27,7 @@ Where this departs from the paper, or where the paper is silent:
 """
 from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tiktoken
@@ -44,64 +44,66 @@ from mstep import optimize, total
 
 @dataclass
 class EStepConfig:
-    """What the E-step can be told, with the reason for each default (nats are natural logarithms)."""
+    """What the E-step can be told, with the reason for each default."""
     e_steps: Annotated[int, "updates of q; its reward settles within them"] = 30
     e_programs: Annotated[int, "programs per update of the E-step"] = 16
-    e_rollouts: Annotated[int, "K, versions of each program; a version's baseline averages the K - 1 others"] = 8
-    e_lr: Annotated[float, "the E-step's learning rate; at 5e-4 the first updates already spoil the arithmetic"] = 2e-4
-    e_anchor: Annotated[float, "weight of the trust region on action likelihoods; 1 slows q down, 0 loses skill"] = 0.1
-    c: Annotated[float, "price of a rationale in nats; inf: never think, which is next-token prediction"] = 0.05
-    beta: Annotated[float, "weight of the gate's KL; at 0 the gate closes before rationales are good"] = 0.1
+    e_rollouts: Annotated[int, "K, versions of each program; the baseline averages the K - 1 others"] = 8
+    e_lr: Annotated[float, "the E-step's learning rate; 5e-4 spoils the arithmetic at once"] = 2e-4
+    e_anchor: Annotated[float, "weight of the trust region on action likelihoods; 0 loses skill"] = 0.1
+    c: Annotated[float, "price of a rationale in nats; inf: never think, which is NTP"] = 0.05
+    beta: Annotated[float, "weight of the gate's KL; 0 closes the gate before rationales are good"] = 0.1
     p_think: Annotated[float, "prior probability of a new rationale in the gate's KL"] = 0.5
-    broken_cost: Annotated[float, "nats that a malformed rationale costs, more than one wins by chance"] = 0.5
-    floor: Annotated[float, "a line's log-likelihood counts as at least minus so many nats in the reward"] = 3.0
-    horizon: Annotated[int, "lines over which a rationale's effect is credited; a loop of the world is 5"] = 6
+    broken_cost: Annotated[float, "nats that a malformed rationale costs; more than chance wins"] = 0.5
+    floor: Annotated[float, "nats that a line costs at most in the reward; inf: no floor"] = 3.0
+    horizon: Annotated[int, "lines that a rationale is credited for; a loop of the world has 5"] = 6
     gamma: Annotated[float, "discount per line in the return"] = 0.9
-    explore: Annotated[float, "share of gates forced open in rollouts, for a base that hardly thinks by itself"] = 0.0
-    max_rationale: Annotated[int, "longest rationale in tokens; eight worked-out terms of the world take 31"] = 40
+    explore: Annotated[float, "share of gates forced open in rollouts, for a base that hardly thinks"] = 0.0
+    max_rationale: Annotated[int, "longest rationale in tokens; eight worked-out terms take 31"] = 40
     max_comments: Annotated[int, "comment lines of a rationale; real code explains itself in blocks"] = 1
-    rationales: Annotated[str, "where to think: learned, always (no persistence), first (as BRiTE), never"] = "learned"
+    rationales: Annotated[Literal["learned", "always", "first", "never"],
+                          "where rationales stand: as q has learned, before every line, the first, none"] = "learned"
 
 
-# --------------------------------------------------------------------------------------------------------- the update
+# ------------------------------------------------------------------------------------------------ the update
 
 
-def e_update(q: GPT, pi: GPT, optimizer, enc: tiktoken.Encoding, openers: Tensor, programs: list[Program], seeds: list,
-             cfg: EStepConfig, micro_batch: int = 32, sample_batch: int = 256) -> dict[str, float]:
+def e_update(q: GPT, pi: GPT, optimizer, enc: tiktoken.Encoding, openers: Tensor, programs: list[Program],
+             seeds: list, cfg: EStepConfig, micro_batch: int = 32, sample_batch: int = 256) -> dict[str, float]:
     """One update of q, in place, on this rank's share of the programs. pi: the frozen copy that scores.
 
-    seeds: one for each version, K = cfg.e_rollouts of a program after the other. micro_batch: versions per
-    pass; sample_batch: versions that are rolled out at a time. Returns what to watch, over all ranks: per
-    line, per rationale.
+    seeds: one for each version, K = cfg.e_rollouts of a program after the other. micro_batch: versions per pass;
+    sample_batch: versions rolled out at a time. Returns what to watch, over all ranks: means per line and per
+    rationale, the gradient's norm, tokens put through a model.
     """
     K, sums = cfg.e_rollouts, Counter()
     versions = [p for p in programs for _ in range(K)]
-    traces = rollout(q, enc, versions, seeds, openers, cfg, batch_size=sample_batch)
+    traces = rollout(q, enc, versions, seeds, openers, cfg, sample_batch)
 
     def losses():
-        for part in chunks(traces, max(micro_batch // K, 1) * K):        # versions of a program stay together
+        for part in chunks(traces, max(micro_batch // K, 1) * K):      # versions of a program stay together
             batch = elbo.collate(part, q.device)
             L = int(batch.line.max()) + 1
-            gate, token, pi_token, anchor = likelihoods(q, pi, batch, openers)                 # (B, T-1) each
-            log_pi = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                          # (B, L)
+            gate, token, pi_token, anchor = likelihoods(q, pi, batch, openers)             # (B, T-1) each
+            loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                  # (B, L)
             think, broken = decisions(part, L, q.device)
-            rewards = elbo.line_rewards(log_pi, think, broken, *elbo.opening_gate(gate.detach(), batch, L), c=cfg.c,
-                                        beta=cfg.beta, p_think=cfg.p_think, broken_cost=cfg.broken_cost, floor=cfg.floor)
-            G = returns(rewards, cfg.horizon, cfg.gamma).view(-1, K, L)                            # (P, K, L)
-            A = advantages(G).view(-1, L)                                                          # (B, L)
+            rewards = elbo.line_rewards(
+                loglik, think, broken, *elbo.opening_gate(gate.detach(), batch, L), c=cfg.c, beta=cfg.beta,
+                p_think=cfg.p_think, broken_cost=cfg.broken_cost, floor=cfg.floor)         # (B, L)
+            G = returns(rewards, cfg.horizon, cfg.gamma).view(-1, K, L)                    # (P, K, L)
+            A = advantages(G).view(-1, L)                                                  # (B, L)
             gap, compared = uplift(G, think.view(G.shape))
-            for name, values in dict(lines=batch.line.amax(1) + 1, reward=rewards, log_pi=log_pi, think=think,
-                                     broken=broken, latents=batch.kind == LATENT, gap=gap, compared=compared).items():
-                sums[name] += values.sum().item()
+            watched = dict(reward=rewards, loglik=loglik, think=think, lines=batch.line.amax(1) + 1, gap=gap,
+                           broken=broken, length=batch.kind == LATENT, compared=compared)
+            sums.update({name: values.sum().item() for name, values in watched.items()})
             yield reinforce_loss(elbo.log_q(gate, token, batch), A, batch) + cfg.e_anchor * anchor
 
     norm = optimize(q, optimizer, losses(), len(traces))
     sums["tokens"] = sum(rollout_tokens(t) + 4 * len(t.tokens) for t in traces)            # pi once, q thrice
-    all_ranks = total(sums)
-    lines, thinks = all_ranks["lines"], max(all_ranks["think"], 1)
-    return dict(reward=all_ranks["reward"] / lines, loglik=all_ranks["log_pi"] / lines, think=all_ranks["think"] / lines,
-                broken=all_ranks["broken"] / thinks, length=all_ranks["latents"] / thinks,
-                uplift=all_ranks["gap"] / max(all_ranks["compared"], 1), grad_norm=norm, tokens=all_ranks["tokens"])
+    sums = total(sums)
+    lines, rationales = sums["lines"], max(sums["think"], 1)
+    return dict(reward=sums["reward"] / lines, loglik=sums["loglik"] / lines, think=sums["think"] / lines,
+                broken=sums["broken"] / rationales, length=sums["length"] / rationales,
+                uplift=sums["gap"] / max(sums["compared"], 1), grad_norm=norm, tokens=sums["tokens"])
 
 
 def returns(rewards: Tensor, horizon: int, gamma: float) -> Tensor:
@@ -178,11 +180,11 @@ def likelihoods(q: GPT, pi: GPT, batch: Batch, openers: Tensor, positions: int =
     x = q(batch.tokens[:, :-1], at=batch.scored, head=False)                                       # (N, D)
     with torch.no_grad():
         pi_x = pi(batch.tokens[:, :-1], at=batch.scored, head=False)
-    scored = [F.pad(field[:, 1:][batch.scored], (1, 0)) for field in (batch.tokens, batch.kind, batch.line, batch.gate)]
+    fields = (batch.tokens, batch.kind, batch.line, batch.gate)
+    scored = [F.pad(field[:, 1:][batch.scored], (1, 0)) for field in fields]               # (1 + N,) each
 
     def part(x: Tensor, pi_x: Tensor, start: int):
-        # its first token is not scored
-        piece = Batch(*(field[None, start:start + len(x) + 1] for field in scored))
+        piece = Batch(*(field[None, start:start + len(x) + 1] for field in scored))        # its first is not scored
         logits = q.unembed(x)                                                                      # (n, V)
         with torch.no_grad():
             pi_logits = pi.unembed(pi_x)
@@ -199,7 +201,7 @@ def likelihoods(q: GPT, pi: GPT, batch: Batch, openers: Tensor, positions: int =
     return *(zero.masked_scatter(batch.scored, torch.cat(v, 1)) for v in logps), sum(anchors)
 
 
-# ----------------------------------------------------------------------------------------------------------- rollouts
+# -------------------------------------------------------------------------------------------------- rollouts
 
 
 class _Version:
@@ -237,8 +239,7 @@ class _Version:
         return NO_GATE
 
     def write(self, token: int, enc: tiktoken.Encoding, cfg: EStepConfig, gate: int = NO_GATE) -> bool:
-        """Add a token to the comment line; is it still open? One that breaks the format is closed by force.
-        """
+        """Add a token to the comment line; is it still open? One that breaks the format is closed."""
         self.latent.append(token)
         self.trace.add([token], LATENT, self.t, gate)
         closing = self.program.closings[self.t]
@@ -260,47 +261,46 @@ class _Version:
 
 
 @torch.no_grad()
-def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: list, openers: Tensor, cfg: EStepConfig,
-            batch_size: int = 256) -> list[Trace]:
-    """Infuse each program with latents drawn from q at temperature 1: one Trace per program (repeat one for
-    more).
+def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: list, openers: Tensor,
+            cfg: EStepConfig, batch_size: int = 256) -> list[Trace]:
+    """Infuse each program with latents drawn from q at temperature 1: one Trace each (repeat one for more).
 
-    seeds: one per program, anything `np.random.default_rng` takes: a row's draws depend on its seed and
-    program alone. cfg.rationales, explore, max_rationale, max_comments say how. A gate that is forced open
-    carries no gradient; the rationale is q's own all the same. Where the model's context has no room for one,
-    lines follow without.
+    seeds: one per program, anything `np.random.default_rng` takes: a row's draws depend on its seed and program.
+    cfg.rationales, explore, max_rationale, max_comments say how. A gate that is forced open carries no gradient;
+    the rationale is q's own all the same. Where the model's context has no room for one, lines follow without.
     """
     if cfg.rationales == "never":
         return [p.trace() for p in programs]
-    out = []
+    rows = [_Version(p, seed) for p, seed in zip(programs, seeds, strict=True)]
     with autocast(model.device):
-        for part in chunks(list(zip(programs, seeds, strict=True)), batch_size):
-            out += _rollout(model, enc, [_Version(p, seed) for p, seed in part], openers.to(model.device), cfg)
-    return out
+        for part in chunks(rows, batch_size):
+            infuse_batch(model, enc, part, openers.to(model.device), cfg)
+    return [r.trace for r in rows]
 
 
-def _rollout(model: GPT, enc: tiktoken.Encoding, rows: list[_Version], openers: Tensor, cfg: EStepConfig) -> list[Trace]:
-    traces = [r.trace for r in rows]
+def infuse_batch(model: GPT, enc: tiktoken.Encoding, rows: list[_Version], openers: Tensor, cfg: EStepConfig):
+    """Complete the traces of some versions."""
     # Versions of one program begin alike: their first pass is one row of the cache.
     distinct = {id(r.program): r for r in rows}
     room = {key: r.program.room(enc, cfg.max_rationale) for key, r in distinct.items()}
     size = max(len(r.program) + len(r.program.lines) * room[key] for key, r in distinct.items())
     cache = new_cache(model, len(distinct), min(size, model.limit))
     place = {key: n for n, key in enumerate(distinct)}
-    slots = [place[id(r.program)] for r in rows]                             # each version's row in the cache
+    slots = [place[id(r.program)] for r in rows]                               # each version's row in the cache
     scored = list(distinct.values())
     while True:
         states, p_open = score_lines(model, cache, scored, openers)            # per row of the cache
         thinking = []
         for row, slot in zip(rows, slots):
             start, left = row.t, model.limit - len(row.trace.tokens) - len(row.rest()) - room[id(row.program)]
-            if gate := row.decide(p_open[slot], left, cfg.rationales, cfg.explore):
+            gate = row.decide(p_open[slot], left, cfg.rationales, cfg.explore)
+            if gate:
                 thinking.append((row, slot, states[slot][row.t - start], gate))
         if not thinking:
-            return traces
-        rows, slots, states, gates = map(list, zip(*thinking))
+            return
+        rows, slots, opened, gates = map(list, zip(*thinking))
         cache = cache.select(torch.tensor(slots, device=model.device))
-        write_comments(model, cache, rows, torch.stack(states), gates, enc, openers, cfg)
+        write_comments(model, cache, rows, torch.stack(opened), gates, enc, openers, cfg)
         scored, slots = rows, range(len(rows))
 
 

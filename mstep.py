@@ -37,10 +37,10 @@ class MStepConfig:
     """What the M-step can be told, with the reason for each default."""
     m_steps: Annotated[int, "updates of the M-step, and of next-token prediction"] = 100
     m_programs: Annotated[int, "programs per update of the M-step"] = 64
-    m_lr: Annotated[float, "the M-step's learning rate; best for next-token prediction of 1e-4, 3e-4, 1e-3"] = 3e-4
+    m_lr: Annotated[float, "the M-step's learning rate; best for NTP of 1e-4, 3e-4, 1e-3"] = 3e-4
 
 
-# --------------------------------------------------------------------------------------------------------- the update
+# ------------------------------------------------------------------------------------------------ the update
 
 
 def m_update(model: GPT, optimizer, traces: list[Trace], micro_batch: int = 32) -> dict[str, float]:
@@ -96,8 +96,7 @@ def pack(traces: list[Trace], length: int) -> list[list[int]]:
 
 
 def packed_batch(traces: list[Trace], rows: list[list[int]], device=None) -> Batch:
-    """Join the traces of each row; `doc` keeps them apart in attention, and padding is a document of its own.
-    """
+    """Join the traces of each row; `doc` keeps them apart in attention, padding is a document too."""
     joined, docs = [], []
     for row in rows:
         one = Trace()
@@ -130,7 +129,7 @@ def action_nll(model, traces: list[Trace], openers: Tensor, micro_batch: int = 3
     return sums["nats"] / sums["actions"]
 
 
-# ------------------------------------------------------------------------------- one optimizer step, on any number of ranks
+# ---------------------------------------------------------------- one optimizer step, on any number of ranks
 
 
 def total(sums: dict[str, float]) -> dict[str, float]:
@@ -163,7 +162,8 @@ def optimize(model: GPT, optimizer, losses, count: float, clip: float = 1.0) -> 
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(params, clip).item()
     if not math.isfinite(norm):        # a step would make all weights so, and nothing after it would complain
-        raise ValueError(f"the gradient's norm is {norm}: training has diverged; start again with a lower learning rate")
+        raise ValueError(f"the gradient's norm is {norm}: training has diverged; start again with a lower "
+                         "learning rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)        # sampling comes next, and needs the room
     return norm
@@ -217,40 +217,44 @@ class Masters:
             master.copy_(saved)
 
 
-# ------------------------------------------------------------------------------------------------------------- corpora
+# --------------------------------------------------------------------------------------------------- corpora
 
 
-def corpus(name: str, column: str = "text", limit: int = 8192, size: Callable[[str], int] = len, *, start: int = 0,
-           comments: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield (row, program) of a hub dataset, a file, or a folder of files (not in folders called test or
-    site-packages).
+def corpus(name: str, column: str = "text", limit: int = 8192, size: Callable[[str], int] = len, *,
+           start: int = 0, comments: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield (row, program) of a hub dataset, a file, or a folder of files.
 
-        for row, program in corpus("codeparrot/codeparrot-clean-valid", "content", 2048, lambda s: len(enc.encode(s))):
+        for row, program in corpus("codeparrot/codeparrot-clean", "content", 2048, lambda s: len(enc.encode(s))):
 
-    "stdlib" is the standard library of this Python, which every machine has. start: rows to pass over. A
-    program longer than `limit`, as `size` measures, is cut between top-level statements; what is not Python 3
-    is dropped, and comment lines too, unless `comments`. Raises ValueError for a name, file, row or column
-    that is not there.
+    "stdlib" is the standard library of this Python, which every machine has. start: rows to pass over. A program
+    longer than `limit`, as `size` measures, is cut between top-level statements; what is not Python 3 is dropped,
+    and comment lines too, unless `comments`. Raises ValueError for a name, file, row or column that is not there.
     """
-    path = Path(sysconfig.get_paths()["stdlib"] if name == "stdlib" else name)
+    path = Path(name)
+    if name == "stdlib":
+        path, column = Path(sysconfig.get_paths()["stdlib"]), "text"
     if path.exists():
-        skip = {"test", "tests", "site-packages"}
-        files = [path] if path.is_file() else sorted(
-            f for f in path.rglob("*") if f.suffix in (".jsonl", ".parquet", ".py") and not skip & set(f.relative_to(path).parts))
-        rows = islice(local_rows(files), start, None)
+        rows = islice(local_rows(find_files(path)), start, None)
     else:
         rows = hub_rows(name, "train", start=start)
-    column = "text" if name == "stdlib" else column
     for n, row in enumerate(rows, start):
         if column not in row:
             raise ValueError(f"{name}: row {n + 1} has no column {column!r}; its columns are {', '.join(row)}")
-        for text in pieces(str(row[column]), limit, size, comments):
-            yield n, text
+        text = row[column]
+        for piece in pieces(text, limit, size, comments) if isinstance(text, str) else ():
+            yield n, piece
+
+
+def find_files(path: Path) -> list[Path]:
+    """The data files of a folder, but for those in folders called test, tests, site-packages; a file is itself."""
+    skip, kinds = {"test", "tests", "site-packages"}, (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".py")
+    if path.is_file():
+        return [path]
+    return sorted(f for f in path.rglob("*") if f.name.endswith(kinds) and not skip & set(f.relative_to(path).parts))
 
 
 def pieces(text: str, limit: int, size: Callable[[str], int], comments: bool) -> list[str]:
-    """A program, cut between top-level statements into texts of at most `limit`; nothing if it is not Python.
-    """
+    """A program, cut between top-level statements into texts of at most `limit`; [] if it is not Python."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip() + "\n"
     if re.search(r"\s{2000}", text):                         # tiktoken's pattern fails on such a run
         return []

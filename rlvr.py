@@ -4,7 +4,7 @@
 The policy writes a group of programs for each problem, the sandbox runs them against the tests, and
 
     A_i   = r_i - mean(r of the group)                                  r_i = 1 if all tests pass, else 0
-    loss  = - 1/N sum_{i, t} min( rho A_i, clip(rho, 1 - low, 1 + high) A_i ),     rho = pi(token) / pi_old(token)
+    loss  = - 1/N sum_{i, t} min( rho A_i, clip(rho, 1 - low, 1 + high) A_i ),   rho = pi(token) / pi_old(token)
 
 over the N sampled tokens of all groups that carry a signal, of all ranks and micro-batches: few such groups
 make a noisier step, not a smaller one.
@@ -41,7 +41,7 @@ class RLVRConfig:
     rl_problems: Annotated[int, "problems per update of GRPO"] = 16
     rl_group: Annotated[int, "samples of each problem, whose mean reward is the baseline"] = 8
     rl_lr: Annotated[float, "GRPO's learning rate; at 1e-4 the base learns faster, NTP falls apart"] = 3e-5
-    max_new_tokens: Annotated[int, "longest sampled program in tokens; three commented loops take about 180"] = 224
+    max_new_tokens: Annotated[int, "longest sampled program in tokens; three commented loops take 180"] = 224
 
 
 def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, box: Sandbox, cfg: RLVRConfig,
@@ -49,34 +49,38 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
     """One update of GRPO, in place, on this rank's share of the problems.
 
     seeds: one for each sample, G = cfg.rl_group of a problem after the other. Returns what to watch, over all
-    ranks: reward, signal (share of groups), truncated (share of samples), length, entropy (nats per token,
-    estimated).
+    ranks: reward, signal (share of groups), truncated (share of samples), length, entropy (nats per token, from
+    the samples), the gradient's norm, tokens put through the model.
     """
     G = cfg.rl_group
-    tries = [p for p in problems for _ in range(G)]
-    samples, passed = attempt(model, enc, tries, seeds, box, max_new_tokens=cfg.max_new_tokens, batch_size=sample_batch)
-    rewards = torch.tensor(passed, dtype=torch.float32).view(-1, G)                                # (P, G)
-    signal = has_signal(rewards)                                                                   # (P,)
-    advantage = group_advantages(rewards).flatten().to(model.device)                               # (P * G,)
+    asked = [p for p in problems for _ in range(G)]
+    samples, passed = attempt(model, enc, asked, seeds, box, max_new_tokens=cfg.max_new_tokens,
+                              batch_size=sample_batch)
+    rewards = torch.tensor(passed, dtype=torch.float32).view(-1, G)                        # (P, G)
+    signal = has_signal(rewards)                                                           # (P,)
+    advantage = group_advantages(rewards).flatten().to(model.device)                       # (P * G,)
     used = [i for i in range(len(samples)) if signal[i // G]]
-    used.sort(key=lambda i: len(samples[i].tokens))                                    # neighbours pad little
+    used.sort(key=lambda i: len(samples[i].tokens))                                        # neighbours pad little
+    traces = {i: as_trace(encode_prompt(enc, asked[i].prompt), samples[i]) for i in used}
 
     def losses():
         for part in chunks(used, micro_batch):
-            traces = [as_trace(encode_prompt(enc, tries[i].prompt), samples[i]) for i in part]
-            batch = elbo.collate(traces, model.device)
-            # (N,)
-            old = torch.tensor([logp for i in part for logp in samples[i].logprobs], device=model.device)
-            row = batch.scored.nonzero()[:, 0]                                                     # (N,)
-            yield grpo_loss(token_logprobs(model, batch), old, advantage[part][row])
+            batch = elbo.collate([traces[i] for i in part], model.device)
+            old = [logp for i in part for logp in samples[i].logprobs]                     # N
+            A = advantage[part][batch.scored.nonzero()[:, 0]]                              # (N,)
+            yield grpo_loss(token_logprobs(model, batch), torch.tensor(old, device=model.device), A)
 
     norm = optimize(model, optimizer, losses(), sum(len(samples[i].tokens) for i in used))
-    sums = total(dict(right=sum(passed), samples=len(samples), signal=int(signal.sum()), groups=len(signal),
-                      truncated=sum(not s.stopped for s in samples), tokens=sum(len(s.tokens) for s in samples),
-                      surprise=-sum(sum(s.logprobs) for s in samples)))
+    sums = dict(samples=len(samples), groups=len(signal), reward=sum(passed), signal=int(signal.sum()))
+    sums["truncated"] = sum(not s.stopped for s in samples)
+    sums["length"] = sum(len(s.tokens) for s in samples)
+    sums["surprise"] = -sum(sum(s.logprobs) for s in samples)
+    sums["tokens"] = sums["length"] + 3 * sum(len(t.tokens) for t in traces.values())
+    sums = total(sums)
     n = sums["samples"]
-    return dict(reward=sums["right"] / n, signal=sums["signal"] / sums["groups"], truncated=sums["truncated"] / n,
-                length=sums["tokens"] / n, entropy=sums["surprise"] / sums["tokens"], grad_norm=norm)
+    return dict(reward=sums["reward"] / n, signal=sums["signal"] / sums["groups"], truncated=sums["truncated"] / n,
+                length=sums["length"] / n, entropy=sums["surprise"] / sums["length"], grad_norm=norm,
+                tokens=sums["tokens"])
 
 
 def group_advantages(rewards: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The E-step: the batched sampler against line-by-line decoding, the estimator against the exact gradient by enumeration."""
 import copy
 import math
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -11,11 +10,14 @@ import torch
 
 import elbo
 import estep
-import train
 from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Trace
 from model import GPT, GPTConfig, pick
 
 EOS = 4
+
+
+def rollout(model, enc, programs, seeds, openers, **how) -> list[Trace]:
+    return estep.rollout(model, enc, programs, seeds, openers, estep.EStepConfig(**how))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ def test_q_is_a_distribution_over_the_outcomes_and_the_sampler_draws_from_it(enc
     q = elbo.log_q(gate, token, batch).sum(-1).exp()
     assert q.sum().item() == pytest.approx(1.0, abs=1e-5)
     n = 6000
-    drawn = estep.rollout(model, enc, [program(enc)] * n, [[7, i] for i in range(n)], openers, max_rationale=MAX)
+    drawn = rollout(model, enc, [program(enc)] * n, [[7, i] for i in range(n)], openers, max_rationale=MAX)
     index = {key(t): i for i, t in enumerate(traces)}
     counts = torch.zeros(len(traces), dtype=torch.float64)
     for t in drawn:
@@ -156,11 +158,11 @@ def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc, co
     model, openers, how = tiny(4), elbo.opener_mask(enc), dict(max_rationale=12, max_comments=comments)
     programs = [elbo.parse(enc, "a\n", body, EOS) for body in ("x\na\nxx\nax\n", "x\n", "a\naa\nx\n")] * 10
     seeds = [[1, i] for i in range(len(programs))]
-    fast = estep.rollout(model, enc, programs, seeds, openers, **how)
+    fast = rollout(model, enc, programs, seeds, openers, **how)
     slow = [reference_rollout(model, enc, p, s, openers, comments) for p, s in zip(programs, seeds)]
     assert [key(a) for a in fast] == [key(b) for b in slow]
     assert sum(sum(t.thinks()) for t in fast) > 20 and any(t.broken for t in fast)
-    alone = [estep.rollout(model, enc, [p], [s], openers, **how)[0] for p, s in zip(programs, seeds)]
+    alone = [rollout(model, enc, [p], [s], openers, **how)[0] for p, s in zip(programs, seeds)]
     assert [key(a) for a in alone] == [key(b) for b in fast]             # a row does not depend on its batch
 
 
@@ -168,11 +170,8 @@ def test_scoring_whole_tails_draws_just_what_line_by_line_decoding_draws(enc, co
     ("#a\n", 9, 1, False), ("#a\n#", 9, 1, True), ("#a\n#x\n", 9, 2, False), ("#a\n#x\n#", 9, 2, True), ("#a\n#x\n#a\n", 9, 3, False),
     ("#a\n#xx", 6, 2, True), ("#a\n#x\n", 6, 2, False), ("#a\n#\n", 9, 2, True)])
 def test_a_rationale_has_so_many_comment_lines_and_tokens(enc, text, most, comments, broken):
-    r = estep._Rollout(program(enc), 0)
-    finished = []
-    for token in enc.encode(text):
-        r.write(token)
-        finished.append(r.check(enc, most, comments))
+    r, cfg = estep._Version(program(enc), 0), estep.EStepConfig(max_rationale=most, max_comments=comments)
+    finished = [not r.write(token, enc, cfg) for token in enc.encode(text)]
     assert (0 in r.trace.broken) == r.forced == broken and finished[-1]
     assert sum(finished) == text.count("\n") + (text[-1] != "\n")       # not before: each comment line is opened by a gate of its own
 
@@ -199,7 +198,7 @@ def test_the_estimator_agrees_with_the_exact_gradient(enc, seed):
     estimates = []
     K, P = 32, 4
     for i in range(40):
-        drawn = estep.rollout(model, enc, [program(enc)] * (P * K), [[seed, i, k] for k in range(P * K)], openers, max_rationale=MAX)
+        drawn = rollout(model, enc, [program(enc)] * (P * K), [[seed, i, k] for k in range(P * K)], openers, max_rationale=MAX)
         batch, gate, token = scores(model, drawn, openers)
         G = estep.returns(line_rewards(batch, drawn, gate), 2, 1.0)
         A = estep.advantages(G.view(P, K, 2)).view(-1, 2)
@@ -258,8 +257,8 @@ def test_rows_of_very_unequal_length_share_a_batch(enc, mode):
     model, openers = tiny(4), elbo.opener_mask(enc)
     long_prompt, long_lines = elbo.parse(enc, "a\n" * 12, "x\n", EOS), elbo.parse(enc, "a\n", "axaxaxaxax\nxaxaxaxa\n", EOS)
     programs, seeds = [long_prompt, long_lines] * 10, [[3, i] for i in range(20)]
-    together = estep.rollout(model, enc, programs, seeds, openers, max_rationale=MAX, mode=mode)
-    alone = [estep.rollout(model, enc, [p], [s], openers, max_rationale=MAX, mode=mode)[0] for p, s in zip(programs, seeds)]
+    together = rollout(model, enc, programs, seeds, openers, max_rationale=MAX, rationales=mode)
+    alone = [rollout(model, enc, [p], [s], openers, max_rationale=MAX, rationales=mode)[0] for p, s in zip(programs, seeds)]
     assert [key(t) for t in together] == [key(t) for t in alone]
 
 
@@ -270,7 +269,7 @@ def test_rationales_stay_within_a_context_that_has_room_for_one(enc, explore, co
     model, p, most = tiny(0), elbo.parse(enc, "a\n", "x\n" * 6, EOS), 5
     model.limit = len(p) + most + 3                        # a newline more if it has to be closed
     for k in range(40):
-        for t in estep.rollout(model, enc, [p] * 8, [[k, i] for i in range(8)], torch.tensor([True] + [False] * 4), max_rationale=most, max_comments=comments,
+        for t in rollout(model, enc, [p] * 8, [[k, i] for i in range(8)], torch.tensor([True] + [False] * 4), max_rationale=most, max_comments=comments,
                                explore=explore):
             assert len(t.tokens) <= model.limit and [x for x, kind in zip(t.tokens, t.kind) if kind == ACTION] == [x for line in p.lines for x in line]
 
@@ -280,7 +279,7 @@ def test_a_program_can_think_just_where_it_has_room(enc):
     model, p = tiny(0), elbo.parse(enc, "a\n", "x\n" * 4, EOS)
     for spare in (0, -1):
         model.limit = len(p) + p.room(enc, MAX) + spare
-        [t] = estep.rollout(model, enc, [p], [0], torch.tensor([True] + [False] * 4), max_rationale=MAX, mode="always")
+        [t] = rollout(model, enc, [p], [0], torch.tensor([True] + [False] * 4), max_rationale=MAX, rationales="always")
         assert any(t.thinks()) == (spare == 0)
 
 
@@ -291,14 +290,14 @@ def test_near_the_end_of_the_context_too_a_row_is_what_it_would_be_alone(enc):
     model.limit = len(short) + 10
     how = dict(openers=torch.tensor([True] + [False] * 4), max_rationale=MAX, explore=0.5)
     for k in range(30):
-        both = estep.rollout(model, enc, [short, long], [[k, 0], [k, 1]], **how)
-        assert [both[0], both[1]] == [estep.rollout(model, enc, [p], [[k, i]], **how)[0] for i, p in enumerate((short, long))]
+        both = rollout(model, enc, [short, long], [[k, 0], [k, 1]], **how)
+        assert [both[0], both[1]] == [rollout(model, enc, [p], [[k, i]], **how)[0] for i, p in enumerate((short, long))]
 
 
 @pytest.mark.parametrize("mode, where", [("never", []), ("always", [0, 1]), ("first", [0])])
 def test_modes_think_where_they_say(enc, mode, where):
     model, openers = tiny(1), elbo.opener_mask(enc)
-    for t in estep.rollout(model, enc, [program(enc)] * 20, [[5, i] for i in range(20)], openers, max_rationale=MAX, mode=mode):
+    for t in rollout(model, enc, [program(enc)] * 20, [[5, i] for i in range(20)], openers, max_rationale=MAX, rationales=mode):
         assert [i for i, z in enumerate(t.thinks()) if z] == where
         openings = [g for g, kind, line, before in zip(t.gate, t.kind, t.line, [-1] + t.line) if line != before and line >= 0]
         assert mode == "never" or FREE not in openings                  # nothing of what the experiment chose is q's
@@ -310,8 +309,8 @@ def test_exploration_forces_gates_open_and_takes_no_credit_for_it(enc):
     shy = copy.deepcopy(model)
     shy.unembed = lambda x: model.unembed(x) - 40.0 * openers
     seeds = [[5, i] for i in range(400)]
-    assert not any(any(t.thinks()) for t in estep.rollout(shy, enc, [p] * 400, seeds, openers, max_rationale=MAX))
-    traces = estep.rollout(shy, enc, [p] * 400, seeds, openers, max_rationale=MAX, explore=0.3)
+    assert not any(any(t.thinks()) for t in rollout(shy, enc, [p] * 400, seeds, openers, max_rationale=MAX))
+    traces = rollout(shy, enc, [p] * 400, seeds, openers, max_rationale=MAX, explore=0.3)
     share = sum(sum(t.thinks()) for t in traces) / 800
     assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 800) ** 0.5
     for t in traces:
@@ -324,57 +323,19 @@ def test_exploration_forces_gates_open_and_takes_no_credit_for_it(enc):
     assert (gate[forced] < -0.01).all()                                 # there was something to leave out
 
 
-def test_the_shuffled_control_swaps_what_is_said_and_nothing_else(enc):
-    programs = [elbo.parse(enc, "a\n", text, EOS) for text in ("x\na\n", "xx\n", "ax\nx\n")]
-    infused = []
-    for p, said in zip(programs, ("#a\n", "#x\n", "#xx\n")):
-        t = Trace()
-        t.add(p.prompt, PROMPT)
-        t.add(enc.encode_ordinary(said), LATENT, 0, FREE)
-        for i, line in enumerate(p.lines):
-            t.add(line, ACTION, i, FREE)
-        infused.append(t)
-    for seed in range(5):
-        for own, other in zip(infused, estep.shuffled(enc, programs, infused, seed)):
-            latent, actions = ([[x for x, k in zip(t.tokens, t.kind) if k == kind] for t in (own, other)] for kind in (LATENT, ACTION))
-            assert own.thinks() == other.thinks() and actions[0] == actions[1] and latent[0] != latent[1]
-            assert latent[1] in [[x for x, k in zip(t.tokens, t.kind) if k == LATENT] for t in infused]
-
-
-def test_the_gain_of_a_rationale_is_that_of_the_likelihoods(enc, tmp_path):
-    """Against the definition, one program at a time without padding."""
-    model, openers, p = tiny(3), elbo.opener_mask(enc), program(enc)
-    drawn = estep.rollout(model, enc, [p] * 200, [[4, i] for i in range(200)], openers, max_rationale=MAX, explore=0.9)
-    infused = [estep.without_broken(t) for t in drawn]
-    run, data = train.Run(train.Settings(micro_batch=33), tmp_path, 0), SimpleNamespace(enc=enc, openers=openers)
-    got = estep.rationale_gain(run, model, data, [p] * 200, infused)
-
-    def line_nll(trace, t):
-        batch = elbo.collate([trace])
-        return -elbo.by_line(elbo.log_pi(elbo.score(elbo.logits_of(model, batch), batch, openers)[1], batch), batch, len(p.lines))[0, t].item()
-    own = [line_nll(t, i) for t in infused for i, z in enumerate(t.thinks()) if z]
-    none = [line_nll(p.trace(), i) for t in infused for i, z in enumerate(t.thinks()) if z]
-    assert got["lines"] == len(own) > 5 and got["with"] == pytest.approx(np.mean(own)) and got["without"] == pytest.approx(np.mean(none))
-    apart, which = np.subtract(none, own), np.array([n for n, t in enumerate(infused) for z in t.thinks() if z])
-    assert (got["gain"], got["gain_se"]) == pytest.approx(estep.mean_by_cluster(apart, which))
-    assert got["gain_own"] == pytest.approx(got["gain"] - got["gain_shuffled"])
-    assert estep.rationale_gain(run, model, data, [p], [p.trace()]) == {"lines": 0}
-
-
-def test_what_thinking_earns_is_logged(enc, tmp_path):
-    """Against the definition: return with a rationale minus return without, at the lines with both, for a reward of likelihood and c alone."""
-    model, openers, p = tiny(3), elbo.opener_mask(enc), program(enc)
-    s = train.Settings(e_steps=1, e_programs=2, e_rollouts=5, experts=64, max_rationale=MAX, explore=0.5, c=0.3, beta=0.0, broken_cost=0.0,
-                       floor=math.inf, horizon=2, gamma=0.5, micro_batch=5)
-    run, data = train.Run(s, tmp_path, 0), SimpleNamespace(enc=enc, openers=openers, experts=[p, elbo.parse(enc, "a\n", "xx\na\nx\n", EOS)])
-    pi, old = copy.deepcopy(model), []
+def test_what_thinking_earns_is_reported(enc):
+    """By its definition: return with a rationale minus without, where there are both, for a reward of likelihood and c alone."""
+    model, openers, pi, old = tiny(3), elbo.opener_mask(enc), tiny(3), []
+    programs, K = [program(enc), elbo.parse(enc, "a\n", "xx\na\nx\n", EOS)], 5
+    cfg = estep.EStepConfig(e_rollouts=K, max_rationale=MAX, explore=0.5, c=0.3, beta=0.0, broken_cost=0.0, floor=math.inf, horizon=2, gamma=0.5)
     sampled = estep.rollout
 
     def spy(*args, **how):
         old.extend(sampled(*args, **how))
         return old[:]
     with mock.patch.object(estep, "rollout", spy):
-        estep.e_step(run, "estep", model, data)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        stats = estep.e_update(model, pi, optimizer, enc, openers, programs, [[0, i] for i in range(2 * K)], cfg, micro_batch=K)
     G = []
     for t in old:
         batch, n = elbo.collate([t]), max(t.line) + 1
@@ -382,28 +343,29 @@ def test_what_thinking_earns_is_logged(enc, tmp_path):
         r = [x - 0.3 * z for x, z in zip(loglik, t.thinks())]
         G.append([x + 0.5 * y for x, y in zip(r, [*r[1:], 0.0])])
     want = []
-    for k in range(0, len(old), 5):
+    for k in range(0, len(old), K):
         for i in range(len(G[k])):
-            with_, without = ([G[j][i] for j in range(k, k + 5) if old[j].thinks()[i] == z] for z in (True, False))
+            with_, without = ([G[j][i] for j in range(k, k + K) if old[j].thinks()[i] == z] for z in (True, False))
             want += [np.mean(with_) - np.mean(without)] if with_ and without else []
-    assert len(want) > 2 and run.records[-1]["uplift"] == pytest.approx(np.mean(want), abs=1e-4)
+    assert len(want) > 2 and stats["uplift"] == pytest.approx(np.mean(want), abs=1e-4)
 
 
-def test_a_standard_error_over_programs():
-    """One value a program: the textbook's. The same value many times in a program is one value; independent groups of equal size: that of their means."""
-    x = np.random.default_rng(0).normal(size=12)
-    mean, se = estep.mean_by_cluster(x, np.arange(12) * 3)
-    assert (mean, se) == (pytest.approx(x.mean()), pytest.approx(x.std(ddof=1) / 12 ** 0.5))
-    assert estep.mean_by_cluster(np.repeat(x, 7), np.repeat(np.arange(12), 7)) == (pytest.approx(mean), pytest.approx(se))
-    groups = x.reshape(4, 3).mean(1)
-    assert estep.mean_by_cluster(x, np.repeat(np.arange(4), 3))[1] == pytest.approx(groups.std(ddof=1) / 2)
-    assert math.isnan(estep.mean_by_cluster(x, np.zeros(12, int))[1])
+def test_the_tokens_of_a_rollout_are_those_of_its_passes(enc):
+    """Counted by hand as the sampler goes: all of the program once, then each comment line and, once more, the code that follows it."""
+    t = Trace()
+    t.add([2, 1], PROMPT)
+    t.add([0, 2, 1], LATENT, 0, FREE)
+    t.add([0, 3, 1], LATENT, 0, FREE)
+    t.add([3, 3, 1], ACTION, 0, FREE)
+    t.add([0, 1], LATENT, 1, FORCED)
+    t.add([2, 1, EOS], ACTION, 1, FREE)
+    assert estep.rollout_tokens(t) == 2 + 6 + (3 + 6) + (3 + 6) + (2 + 3)
 
 
 def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
     model, openers = tiny(1), elbo.opener_mask(enc)
     p = program(enc)
-    traces = estep.rollout(model, enc, [p] * 60, [[2, i] for i in range(60)], openers, max_rationale=MAX)
+    traces = rollout(model, enc, [p] * 60, [[2, i] for i in range(60)], openers, max_rationale=MAX)
     assert any(t.broken for t in traces)
     for t in traces:
         clean = estep.without_broken(t)
