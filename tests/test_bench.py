@@ -117,7 +117,7 @@ def test_mbpp_rows_in_both_formats(data):
 def test_several_benchmarks_are_read_one_after_the_other(data):
     one, other, both = (load(name, data) for name in ("mbpp-docstring", "humaneval", "mbpp-docstring,humaneval"))
     assert both == one + other and load("mbpp-docstring,humaneval", data, limit=len(one) + 1) == one + other[:1]
-    assert [p.id for p in load("mbpp-docstring,mbppplus,mbpp", data)] == [one[0].id]            # the same problem, in the format that comes first
+    assert load("mbpp-docstring,mbppplus,mbpp", data) == one                                    # the same problem, in the format that comes first
     assert load(" mbpp-docstring, humaneval", data) == both
     for names, said in (("humaneval,nonsense", "unknown benchmark 'nonsense'"), ("humaneval,world", "expected world, alone")):
         with pytest.raises(ValueError, match=said):
@@ -261,6 +261,14 @@ def test_the_stopper_sees_a_stop_text_inside_one_long_token():
     assert bench.has_ended(enc, ("\ndef", "\nclass"), [*b"    return", 256])
 
 
+def test_every_special_token_ends_a_completion_and_is_no_part_of_its_text(monkeypatch):
+    enc = tiktoken.Encoding("two", pat_str=GPT2_TIKTOKEN, mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|endoftext|>": EOS, "<|im_end|>": 257})
+    asked = []
+    monkeypatch.setattr(bench, "generate", lambda model, prompts, **how: asked.append(how) or [Sample([*b"x = 1", 257], [], True)])
+    _, texts = bench.complete(tiny_model(), enc, [Problem("p", "#\n")], [0], max_new_tokens=9)
+    assert texts == ["x = 1"] and {*asked[0]["stop_ids"]} == {EOS, 257} and asked[0]["max_new_tokens"] == 9
+
+
 def test_a_fence_or_a_comment_at_the_margin_costs_no_point(data, box):
     [p] = load("humaneval", data)
     good = [p.solution, "# pi\n    return math.pi * r * r\n", "\n```python\n" + p.prompt + p.solution + "```\n", "```\n" + HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]]
@@ -310,7 +318,7 @@ def tiny_model(context=256) -> GPT:
 def test_scores_can_be_recomputed_from_the_file(data, box, tmp_path, monkeypatch):
     """Samples are dictated: the j-th of a problem is right where the plan says so, and runs on past its end."""
     problems = load("mbpp-docstring", data) + load("humaneval", data)
-    problems.append(Problem("long", "x" * 300 + "\n", "", ("assert f() == 1",)))                # does not fit 256 tokens
+    problems.append(Problem("long", "x" * 255 + "\n", "", ("assert f() == 1",)))                # 256 tokens leave no room in a context of 256
     plan = {"mbpp/11": [1, 0, 1, 0, 0], "HumanEval/0": [0, 0, 0, 0, 1], "long": [0] * 5}
     by_crc = {zlib.crc32(p.id.encode()): p for p in problems}
 
@@ -417,11 +425,13 @@ def test_trivial_programs_and_failing_references_are_found(box):
                 Problem("fit", "", "def f(x):\n    return x * 2\n", ("assert f(1) == 2", "assert f(2) == 4")),
                 Problem("last", "", "", ("assert f(1, x=2) == 2", "assert f(3, x=4) == 4")),
                 Problem("method", "", "class Solution:\n    def g(self, x):\n        return []\n", ("def check(c):\n    assert c(x=1) == []\n",), "check", ("Solution().g",)),
+                Problem("first", "", "", ("def check(c):\n    assert c(2, y=5) == 2 and c(3, y=1) == 3\n",), "check", ("Solution().g",)),
+                Problem("body", 'def f(x):\n    """Nothing."""\n   ', " return None\n", ("assert f(1) is None",)),
                 Problem("echo", "", "print(input())\n", (("5\n", "5\n"),), "stdio", ()),
                 Problem("twice", "", "print(2 * int(input()))\n", (("5\n", "10\n"),), "stdio", ())]
     out = bench.unfit_for_rl(problems, box)
-    assert "reference fails" in out.pop("broken") and set(out) == {"none", "last", "method", "echo"}
-    assert all("trivial program passes" in why for why in out.values()) and "args[-1]" in out["last"] + "args[-1]"
+    assert "reference fails" in out.pop("broken") and set(out) == {"none", "last", "method", "first", "body", "echo"}
+    assert all("trivial program passes" in why for why in out.values()) and "more.values())[0]" in out["first"] and "more.values())[-1]" in out["last"]
 
 
 @needs_data

@@ -9,7 +9,8 @@ from huggingface_hub import HfApi
 from elbo import statements
 from mstep import corpus
 
-GOOD = "# a comment line\nimport os\n\n\n@property\ndef f(x):\n    # why\n    return x  # kept\n\n\nclass A:\n    y = 1\n"
+GOOD = ("# a comment line\nimport os\n\n\n@property\ndef f(x):\n    # why\n    return x  # kept\n\n\n"
+        "class A:\n    y = 1\n")
 
 
 def write(path, rows):
@@ -18,17 +19,19 @@ def write(path, rows):
 
 
 def test_programs_are_cleaned_and_cut(tmp_path):
-    texts = [GOOD, "This is a text, no program", "print 'python 2'", "", "x = 1\r\n", "if x:\n", "s = '''" + "y" * 400 + "'''\n"]
+    long = f"s = '{'y' * 400}'\n"
+    texts = [GOOD, "This is a text, no program", "print 'python 2'", "", "x = 1\r\n", "if x:\n", long]
     name = write(tmp_path / "c.jsonl", [{"content": text} for text in texts])
     whole = "import os\n\n\n@property\ndef f(x):\n    return x  # kept\n\n\nclass A:\n    y = 1\n"
     assert list(corpus(name, "content", 200)) == [(0, whole), (4, "x = 1\n")]
-    assert list(corpus(name, "content", 50)) == [(0, "import os\n"), (0, "@property\ndef f(x):\n    return x  # kept\n"),
-                                                 (0, "class A:\n    y = 1\n"), (4, "x = 1\n")]
+    f, A = "@property\ndef f(x):\n    return x  # kept\n", "class A:\n    y = 1\n"
+    assert list(corpus(name, "content", 50)) == [(0, "import os\n"), (0, f), (0, A), (4, "x = 1\n")]
     assert next(corpus(name, "content", 200, comments=True)) == (0, GOOD)
 
 
 def test_a_text_that_is_missing_is_no_program(tmp_path):
-    assert list(corpus(write(tmp_path / "c.jsonl", [{"text": None}, {"text": "x = 1\n"}]))) == [(1, "x = 1\n")]
+    name = write(tmp_path / "c.jsonl", [{"text": None}, {"text": "x = 1\n"}])
+    assert list(corpus(name)) == [(1, "x = 1\n")]
 
 
 def test_a_corpus_reads_on_from_a_row(tmp_path):
@@ -46,7 +49,8 @@ def test_parquet_and_the_standard_library(tmp_path):
     assert list(corpus(str(tmp_path / "p.parquet"), "code")) == [(0, "x = 1\n"), (1, "y = 2\n")]
     found = [text for _, text in itertools.islice(corpus("stdlib", limit=2000), 15)]
     assert all(len(text) <= 2000 and statements(text) for text in found)
-    assert not any(line.startswith("#") for text in found for line in text.splitlines() if '"""' not in text and "'''" not in text)
+    plain = [text for text in found if '"""' not in text and "'''" not in text]
+    assert plain and not any(line.startswith("#") for text in plain for line in text.splitlines())
 
 
 def test_a_hub_dataset_is_streamed_by_name_and_column(monkeypatch):

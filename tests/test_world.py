@@ -29,7 +29,7 @@ def test_world_is_a_function_of_its_arguments_and_splits_are_disjoint():
     train, held, web = bench.world("train", 60, 0), bench.world("eval", 60, 0), bench.world("web", 60, 0)
     assert train == bench.world("train", 60, 0) and train != bench.world("train", 60, 1)
     assert {p.prompt for p in held}.isdisjoint(p.prompt for p in train + web)
-    assert all(len({p.prompt for p in ps}) == 60 and len({p.id for p in ps}) == 60 for ps in (train, held, web))
+    assert all(len({p.prompt for p in ps}) == len({p.id for p in ps}) == 60 for ps in (train, held, web))
     with pytest.raises(ValueError, match="unknown kind"):
         bench.world("test", 1, 0)
 
@@ -39,8 +39,8 @@ def test_world_programs_pass_carry_no_comments_and_no_changed_constant_passes(bo
     for p in problems:
         assert "#" not in p.solution and ENC.decode(parse(ENC, p.prompt, p.solution, EOS).prompt) == p.prompt
     assert all(v.passed for v in bench.judge(box, problems, [p.solution for p in problems]))
-    # A constant stands after + - < >; on values from -70 to 70 one more or less changes what the program returns, unless the step before
-    # or after it makes it void (`x > 9` after `x > 12`), so a few survivors are no fault.
+    # A constant stands after + - < >; on values from -70 to 70 one more or less changes what the program
+    # returns, unless a step beside it makes it void (`x > 9` after `x > 12`): a few survivors are no fault.
     mutants = [(p, p.solution[:m.start(1)] + str(int(m[1]) + d) + p.solution[m.end(1):])
                for p in problems for m in re.finditer(r"x [-+<>*] (\d+)", p.solution) for d in (1, -1)]
     survived = sum(v.passed for v in bench.judge(box, *map(list, zip(*mutants))))
@@ -79,11 +79,12 @@ def test_the_base_models_tokenizer_can_be_made_again(tmp_path):
 
 def test_a_model_that_is_there_is_not_written_over():
     before = (ROOT / "base/model.safetensors").stat().st_mtime
-    done = subprocess.run([sys.executable, ROOT / "base/pretrain.py", ROOT / "base", "--tokens", "1"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "base/pretrain.py", ROOT / "base", "--tokens", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and "holds a model already" in done.stderr and "--force" in done.stderr
     assert (ROOT / "base/model.safetensors").stat().st_mtime == before
 
 
 def test_the_script_prints_programs():
-    printed = subprocess.run([sys.executable, ROOT / "base/world.py", "eval"], capture_output=True, text=True, check=True).stdout
-    assert printed == "".join(row["prompt"] + row["solution"] + "\n" for row in world.rows("eval", 4, 0))
+    done = subprocess.run([sys.executable, ROOT / "base/world.py", "eval"], capture_output=True, text=True)
+    assert done.stdout == "".join(row["prompt"] + row["solution"] + "\n" for row in world.rows("eval", 4, 0))
