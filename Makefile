@@ -1,16 +1,23 @@
 PYTHON ?= python3
 
-.PHONY: run test clean
+.PHONY: run test lint clean
 
 # One process per core of a small machine; with RANKS=1 the same on one process.
 RANKS ?= 2
+NAME := $(or $(NAME),$(shell date +%Y%m%d-%H%M%S))
 
 run: .venv/installed
-	.venv/bin/torchrun --standalone --nproc-per-node=$(RANKS) train.py
+	.venv/bin/torchrun --standalone --nproc-per-node=$(RANKS) train.py --name $(NAME)
+	.venv/bin/python docs/report.py runs/$(NAME)
 
-# The longest file first, or the worker that began with it last would be alone at the end; one thread each, or the workers get in each other's way.
+# The longest file first, or the worker that began with it last would be alone at the end; one thread each, or the
+# workers get in each other's way.
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/test_train.py tests
+
+# Rules and their reasons stand in pyproject.toml.
+lint: .venv/installed
+	.venv/bin/ruff check .
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

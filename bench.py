@@ -573,7 +573,7 @@ ASK = "Complete this Python program. Answer with all of it, in one fenced block.
 
 def as_chat(problems: list[Problem], folder) -> list[Problem]:
     """The problems as questions in the chat format of the tokenizer in a folder."""
-    from transformers import AutoTokenizer             # a template is a program, which it can run
+    from transformers import AutoTokenizer  # a template is a program, which it can run
     tokenizer, out = AutoTokenizer.from_pretrained(folder), []
     for p in problems:
         chat = [dict(role="user", content=p.prompt if p.form == "prose" else ASK.format(p.prompt.rstrip()))]

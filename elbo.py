@@ -292,7 +292,8 @@ def parse_commented(enc, source: str, eos: int, max_rationale: int, max_comments
     """A program with its author's comments as latents: what a cold base is warmed up on.
 
     The rationale of a line is the block of comment lines right above it, at its indentation. A block of more
-    than max_comments lines or max_rationale tokens, which q could not write, is dropped. Raises as `parse` does.
+    than max_comments lines or max_rationale tokens, which q could not write, is dropped. Raises as `parse`
+    does.
     """
     program, comments = parse(enc, "", strip_comments(source), eos), comment_lines(python_tokens(source))
     out = Trace()

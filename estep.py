@@ -61,19 +61,19 @@ class EStepConfig:
     max_rationale: Annotated[int, "longest rationale in tokens; eight worked-out terms take 31"] = 40
     max_comments: Annotated[int, "comment lines of a rationale; real code explains itself in blocks"] = 1
     rationales: Annotated[Literal["learned", "always", "first", "never"],
-                          "where rationales stand: as q has learned, before every line, the first, none"] = "learned"
+                          "where rationales stand: as q learns, at every line, the first, none"] = "learned"
 
 
 # ------------------------------------------------------------------------------------------------ the update
 
 
 def e_update(q: GPT, pi: GPT, optimizer, enc: tiktoken.Encoding, openers: Tensor, programs: list[Program],
-             seeds: list, cfg: EStepConfig, micro_batch: int = 32, sample_batch: int = 256) -> dict[str, float]:
+             seeds: list, cfg: EStepConfig, micro_batch: int = 32, sample_batch: int = 256) -> dict:
     """One update of q, in place, on this rank's share of the programs. pi: the frozen copy that scores.
 
-    seeds: one for each version, K = cfg.e_rollouts of a program after the other. micro_batch: versions per pass;
-    sample_batch: versions rolled out at a time. Returns what to watch, over all ranks: means per line and per
-    rationale, the gradient's norm, tokens put through a model.
+    seeds: one for each version, K = cfg.e_rollouts of a program after the other. micro_batch: versions per
+    pass; sample_batch: versions rolled out at a time. Returns what to watch, over all ranks: means per line
+    and per rationale, the gradient's norm, tokens put through a model.
     """
     K, sums = cfg.e_rollouts, Counter()
     versions = [p for p in programs for _ in range(K)]
@@ -184,7 +184,7 @@ def likelihoods(q: GPT, pi: GPT, batch: Batch, openers: Tensor, positions: int =
     scored = [F.pad(field[:, 1:][batch.scored], (1, 0)) for field in fields]               # (1 + N,) each
 
     def part(x: Tensor, pi_x: Tensor, start: int):
-        piece = Batch(*(field[None, start:start + len(x) + 1] for field in scored))        # its first is not scored
+        piece = Batch(*(field[None, start:start + len(x) + 1] for field in scored))  # its first is not scored
         logits = q.unembed(x)                                                                      # (n, V)
         with torch.no_grad():
             pi_logits = pi.unembed(pi_x)
@@ -265,9 +265,10 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
             cfg: EStepConfig, batch_size: int = 256) -> list[Trace]:
     """Infuse each program with latents drawn from q at temperature 1: one Trace each (repeat one for more).
 
-    seeds: one per program, anything `np.random.default_rng` takes: a row's draws depend on its seed and program.
-    cfg.rationales, explore, max_rationale, max_comments say how. A gate that is forced open carries no gradient;
-    the rationale is q's own all the same. Where the model's context has no room for one, lines follow without.
+    seeds: one per program, anything `np.random.default_rng` takes: a row's draws depend on its seed and
+    program. cfg.rationales, explore, max_rationale, max_comments say how. A gate that is forced open carries
+    no gradient; the rationale is q's own all the same. Where the model's context has no room for one, lines
+    follow without.
     """
     if cfg.rationales == "never":
         return [p.trace() for p in programs]
@@ -286,7 +287,7 @@ def infuse_batch(model: GPT, enc: tiktoken.Encoding, rows: list[_Version], opene
     size = max(len(r.program) + len(r.program.lines) * room[key] for key, r in distinct.items())
     cache = new_cache(model, len(distinct), min(size, model.limit))
     place = {key: n for n, key in enumerate(distinct)}
-    slots = [place[id(r.program)] for r in rows]                               # each version's row in the cache
+    slots = [place[id(r.program)] for r in rows]                             # each version's row in the cache
     scored = list(distinct.values())
     while True:
         states, p_open = score_lines(model, cache, scored, openers)            # per row of the cache

@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# cuDNN's attention is torch's first choice on an H100 or H200. Under a mask it can give NaN gradients (torch 2.11,
+# cuDNN's attention is torch's first choice on an H100. Under a mask it can give NaN gradients (torch 2.11,
 # pytorch issue 196678), and it makes a plan for each new length, which takes longer than the attention.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-# --------------------------------------------------------------------------------------------------- the network
+# ----------------------------------------------------------------------------------------------- the network
 
 
 @dataclass
@@ -69,7 +69,7 @@ def rope_frequencies(cfg: GPTConfig) -> Tensor:
     freq = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)    # (C/2,)
     if cfg.rope_scaling:
         factor, low, high, original = (cfg.rope_scaling[name] for name in LLAMA3_SCALING)
-        # Slow waves, longer than the original context, are stretched by `factor`; fast ones stay; a ramp joins them.
+        # Waves longer than the original context are stretched by `factor`; fast ones stay; a ramp joins them.
         turns = original * freq / (2 * math.pi)
         ramp = ((turns - low) / (high - low)).clamp(0, 1)
         freq = freq * (ramp + (1 - ramp) / factor)
@@ -106,9 +106,10 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if store is None:
             k, v = (t.repeat_interleave(H // K, dim=2).transpose(1, 2) for t in (k, v))    # (B, H, T, C)
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
+            q = q.transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         else:
-            # Few queries, a long cache: copying its keys for each head takes half of the time of decoding. Instead
+            # Few queries, a long cache: copying its keys for each head takes half of the time of decoding. So
             # the heads that share a key stand in line as further queries of that key.
             k, v = (t.transpose(1, 2) for t in store(k, v))                                # (B, K, S, C)
             q = q.view(B, T, K, H // K, C).transpose(1, 2).reshape(B, K, -1, C)           # (B, K, T * H/K, C)
@@ -189,7 +190,8 @@ class GPT(nn.Module):
         if cache is not None:
             pos = cache.length[:, None] + steps                                            # (B, T)
             # A CUDA graph that is being recorded cannot look at lengths.
-            end = cache.k.shape[2] if recording(dev) else int(pos.max()) + 1
+            recording = dev.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            end = cache.k.shape[2] if recording else int(pos.max()) + 1
             seen = torch.arange(end, device=dev) <= pos[..., None]                         # (B, T, S)
             shared = self.config.n_head // self.config.n_kv_head
             mask = seen.repeat_interleave(shared, dim=1)[:, None]                         # (B, 1, T * H/K, S)
@@ -224,12 +226,12 @@ class GPT(nn.Module):
         """A Llama-3.x, Qwen2.5, Qwen3 or SmolLM2 checkpoint: a local folder, or a name on the Hugging Face
         hub.
 
-        The files are memory-mapped and tensors converted one by one: there is never a second copy of the
-        weights. Raises OSError if the model cannot be had, ValueError if it is damaged, is not of these
-        families, or if a tensor is missing, misshapen or not the network's.
+        Files are memory-mapped and tensors converted one by one: there is never a second copy of the weights.
+        Raises OSError if the model cannot be had, ValueError if it is damaged or not the network that
+        config.json says.
         """
         from safetensors import SafetensorError, safe_open
-        folder = find_model(name, "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+        folder = find_model(name, "*config.json", "*.safetensors", "*.safetensors.index.json")
         with torch.device("meta"):                   # shapes without memory
             model = cls(read_config(folder))
         files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
@@ -241,19 +243,17 @@ class GPT(nn.Module):
             try:
                 with safe_open(file, "pt") as tensors:
                     for key in tensors.keys():
-                        if key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and key not in wanted):
-                            continue                 # some checkpoints store what follows from the rest
-                        have, want = tensors.get_slice(key).get_shape(), wanted.get(key)
-                        if have != want:
-                            raise ValueError(f"{file}: the tensor {key} is {have}, but config.json asks for "
-                                             f"{want or 'none of that name'}")
-                        found[key] = tensors.get_tensor(key).to(device, dtype)
+                        want, have = wanted.get(key), tensors.get_slice(key).get_shape()
+                        if want == have:
+                            found[key] = tensors.get_tensor(key).to(device, dtype)
+                        elif want or not key.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
+                            want = want or "none of that name"       # but for two that follow from the rest
+                            raise ValueError(f"{file}: {key} is {have}, but config.json asks for {want}")
             except (SafetensorError, OSError) as e:
-                raise ValueError(f"{file} cannot be read ({e}): download or save it again, as safetensors") from None
+                raise ValueError(f"{file} cannot be read ({e}): download it again, as safetensors") from None
         missing = [k for k in wanted if k not in found]
         if missing:
-            raise ValueError(f"{folder}: {len(missing)} of {len(wanted)} tensors are missing, first {missing[0]}: "
-                             "complete the download")
+            raise ValueError(f"{folder}: {len(missing)} of {len(wanted)} are missing: {missing[0]} ...")
         model.load_state_dict({k: found[hub_key(k)] for k in model.state_dict()}, assign=True)
         return model
 
@@ -271,10 +271,11 @@ class GPT(nn.Module):
         weights = {hub_key(k): v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
         config = write_config(self.config, dtype or self.embed_tokens.weight.dtype)
         write_whole(Path(folder) / "model.safetensors", write)
-        write_whole(Path(folder) / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2) + "\n"))
+        text = json.dumps(config, indent=2) + "\n"
+        write_whole(Path(folder) / "config.json", lambda tmp: tmp.write_text(text))
 
 
-# ----------------------------------------------------------------------------------------- KV cache and sampling
+# ------------------------------------------------------------------------------------- KV cache and sampling
 
 
 class KVCache:
@@ -316,11 +317,6 @@ def new_cache(model: GPT, rows: int, size: int) -> KVCache:
     return KVCache(model.config, rows, size, model.device, dtype)
 
 
-def recording(device: torch.device) -> bool:
-    """Is a CUDA graph being recorded?"""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 class Decoder:
     """One token more for every row of a cache: decode(last) is `model(last[:, None], cache=cache)[:, 0]`, (B,
     V).
@@ -341,8 +337,8 @@ class Decoder:
             return self.logits
         logits = self.model(last[:, None], cache=self.cache)[:, 0]                         # (B, V)
         if last.is_cuda:
-            # After a pass like any other, which has made autocast's copies of the weights. What the allocator holds
-            # unused cannot be given back during a recording, which would run out of memory.
+            # After a pass like any other, which has made autocast's copies of the weights. What the allocator
+            # holds unused cannot be given back in a recording, which would run out of memory.
             torch.cuda.empty_cache()
             self.last, graph = last[:, None].clone(), torch.cuda.CUDAGraph()
             aside = Decoder.aside = Decoder.aside or torch.cuda.Stream()
@@ -361,7 +357,8 @@ class Decoder:
 def pad(rows: list, value: int, device=None) -> Tensor:
     """Right-pad lists to a (B, T) int64 tensor."""
     width = max(map(len, rows))
-    return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.int64, device=device)
+    padded = [[*row, *[value] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64, device=device)
 
 
 def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -391,8 +388,9 @@ def uniforms(seed, n: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds: list, temperature: float = 1.0,
-             stop_ids: tuple[int, ...] | None = None, stop=None, batch_size: int = 256) -> list[Sample]:
+def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds: list,
+             temperature: float = 1.0, stop_ids: tuple[int, ...] | None = None, stop=None,
+             batch_size: int = 256) -> list[Sample]:
     """Continue each prompt until a token of stop_ids (default: end of document), stop(tokens), or
     max_new_tokens.
 
@@ -403,7 +401,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     stop_ids = {model.config.eos_id} if stop_ids is None else set(stop_ids)
     for i, p in enumerate(prompts):
         if not 0 < len(p) < model.limit:
-            raise ValueError(f"prompt {i} has {len(p)} tokens; between 1 and {model.limit - 1} fit the context")
+            raise ValueError(f"prompt {i} has {len(p)} tokens; 1 to {model.limit - 1} fit the context")
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(prompts)} prompts, but {len(seeds)} seeds: each needs its own")
     out = [Sample() for _ in prompts]
@@ -428,8 +426,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
             u = [noise[i][len(out[i].tokens)] if on else 0.0 for i, on in zip(rows, live)]
             # (B,)
             drawn = pick(logits, torch.tensor(u, dtype=torch.float64, device=model.device), temperature)
-            logp = torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, drawn[:, None])[:, 0].tolist()
-            last, ready = drawn.tolist(), []
+            logp = torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, drawn[:, None])    # (B, 1)
+            last, logp, ready = drawn.tolist(), logp[:, 0].tolist(), []
             for slot, i in enumerate(rows):
                 if live[slot]:
                     out[i].tokens.append(last[slot])
@@ -447,8 +445,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
             if sum(live) <= (len(rows) // 2 if model.device.type == "cuda" else len(rows) - 1):
                 keep = [slot for slot, on in enumerate(live) if on]
                 cache = cache.select(torch.tensor(keep, dtype=torch.int64, device=model.device))
-                rows, last, live = [rows[slot] for slot in keep], [last[slot] for slot in keep], [True] * len(keep)
-                decode = Decoder(model, cache)
+                rows, last = [rows[slot] for slot in keep], [last[slot] for slot in keep]
+                live, decode = [True] * len(keep), Decoder(model, cache)
     return out
 
 
@@ -469,7 +467,7 @@ def prefill(model: GPT, cache: KVCache, slots: list[int], prompts: list[list[int
     return [p[-1] for p in prompts]
 
 
-# --------------------------------------------------------------------------- the Hugging Face layout of a model
+# ------------------------------------------------------------------------ the Hugging Face layout of a model
 
 
 def find_model(name, *patterns: str) -> Path:
@@ -485,11 +483,11 @@ def find_model(name, *patterns: str) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except errors.GatedRepoError:
-        raise PermissionError(f"the model {str(name)!r} is gated: accept its terms on its hub page, then "
-                              "run `hf auth login`") from None
+        raise PermissionError(f"the model {str(name)!r} is gated: accept its terms on its hub page, then run "
+                              "`hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise FileNotFoundError(f"{nowhere} and no such model on the hub: check the spelling (private ones need "
-                                "`hf auth login`)") from None
+        raise FileNotFoundError(f"{nowhere} and no such model on the hub: check the spelling (private ones "
+                                "need `hf auth login`)") from None
     except Exception as e:                           # the many ways of a network to fail
         if isinstance(e, OSError) and e.filename:
             raise                                    # it is the disk
@@ -506,8 +504,8 @@ def read_json(file: Path) -> dict:
             raise ValueError(f"a {type(content).__name__} where an object should be")
         return content
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file.parent} has no {file.name}: give the folder of a model in the Hugging Face "
-                                "layout") from None
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: give the folder of a model in the "
+                                "Hugging Face layout") from None
     except ValueError as e:
         raise ValueError(f"{file} is not valid JSON ({e}): download or save it again") from None
 
@@ -573,7 +571,7 @@ def read_config(folder: Path) -> GPTConfig:
                          rope_theta=float(rope["rope_theta"]), qkv_bias=c["model_type"] == "qwen2",
                          qk_norm=c["model_type"] == "qwen3")
     except (KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as e:
-        raise ValueError(f"{file}: an entry is missing or of a wrong type ({e}): take config.json from the model's "
+        raise ValueError(f"{file}: an entry is missing or of a wrong type ({e}): take it from the model's "
                          "own page") from None
 
 
@@ -588,10 +586,10 @@ def write_config(cfg: GPTConfig, dtype: torch.dtype) -> dict:
                 rope_scaling={"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None)
 
 
-# ------------------------------------------------------------------------------------------------- the tokenizer
+# --------------------------------------------------------------------------------------------- the tokenizer
 
-# A text is first cut into pieces by a pattern; no token reaches across a cut. GPT-2's cuts, the same as tiktoken
-# writes them, and the same with every digit apart (SmolLM2), where a run of spaces also ends at a digit.
+# A text is first cut into pieces by a pattern; no token reaches across a cut. GPT-2's cuts, the same as
+# tiktoken writes them, and with every digit apart (SmolLM2), where a run of spaces also ends at a digit.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_TIKTOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -603,7 +601,7 @@ BYTE_OF = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(
 CHAR_OF = {b: c for c, b in BYTE_OF.items()}
 
 # Files that go with a model from folder to folder; vLLM looks into the last for all tokens that end a text.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 class HubEncoding(tiktoken.Encoding):
@@ -619,7 +617,8 @@ class HubEncoding(tiktoken.Encoding):
         self.size, self.nfc, self.bos, self.source, self.max_token_value = size, nfc, bos, source, size - 1
 
     def __getstate__(self):                          # for pickle: the arguments of __init__
-        return {**super().__getstate__(), "size": self.size, "nfc": self.nfc, "bos": self.bos, "source": self.source}
+        mine = dict(size=self.size, nfc=self.nfc, bos=self.bos, source=self.source)
+        return super().__getstate__() | mine
 
     def encode(self, text: str, **special) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -643,7 +642,7 @@ def load_tokenizer(name) -> HubEncoding:
 
     def need(fact, otherwise):
         if not fact:
-            raise ValueError(f"{file}: {otherwise} is not supported, only byte-level BPE such as that of SmolLM2, "
+            raise ValueError(f"{file}: {otherwise} is not supported, only byte-level BPE as of SmolLM2, "
                              "Llama-3 and Qwen")
     try:
         bpe, added, normalizer = spec["model"], spec["added_tokens"], spec.get("normalizer")
@@ -670,8 +669,8 @@ def load_tokenizer(name) -> HubEncoding:
     # tiktoken wants a rank for every byte
     unknown = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
     ranks |= {b: size + i for i, b in enumerate(unknown)}
-    return HubEncoding(str(name), size=size, nfc=normalizer is not None, bos=bos, source=file, pat_str=pattern,
-                       mergeable_ranks=ranks, special_tokens=special)
+    return HubEncoding(str(name), size=size, nfc=normalizer is not None, bos=bos, source=file,
+                       pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def split_pattern(pre: dict) -> str | None:
@@ -710,8 +709,8 @@ def load_pretrained(name, device="cpu", dtype: torch.dtype = torch.float32) -> t
     """
     enc, model = load_tokenizer(name), GPT.from_pretrained(name, device, dtype)
     if enc.n_vocab > model.n_vocab:
-        raise ValueError(f"the tokenizer of {name} has {enc.n_vocab} tokens, its model {model.n_vocab}: they do not "
-                         "belong together")
+        raise ValueError(f"the tokenizer of {name} has {enc.n_vocab} tokens, its model {model.n_vocab}: "
+                         "they do not belong together")
     model.n_vocab = enc.n_vocab
     return model, enc
 

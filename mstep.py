@@ -230,11 +230,12 @@ def corpus(name: str, column: str = "text", limit: int = 8192, size: Callable[[s
            start: int = 0, comments: bool = False) -> Iterator[tuple[int, str]]:
     """Yield (row, program) of a hub dataset, a file, or a folder of files.
 
-        for row, program in corpus("codeparrot/codeparrot-clean", "content", 2048, lambda s: len(enc.encode(s))):
+        for row, program in corpus("codeparrot/codeparrot-clean", "content", 2048, lambda s: len(enc(s))):
 
-    "stdlib" is the standard library of this Python, which every machine has. start: rows to pass over. A program
-    longer than `limit`, as `size` measures, is cut between top-level statements; what is not Python 3 is dropped,
-    and comment lines too, unless `comments`. Raises ValueError for a name, file, row or column that is not there.
+    "stdlib" is the standard library of this Python, which every machine has. start: rows to pass over. A
+    program longer than `limit`, as `size` measures, is cut between top-level statements; what is not Python 3
+    is dropped, and comment lines too, unless `comments`. Raises ValueError for a name, file, row or column
+    that is not there.
     """
     path = Path(name)
     if name == "stdlib":
@@ -245,18 +246,18 @@ def corpus(name: str, column: str = "text", limit: int = 8192, size: Callable[[s
         rows = hub_rows(name, "train", start=start)
     for n, row in enumerate(rows, start):
         if column not in row:
-            raise ValueError(f"{name}: row {n + 1} has no column {column!r}; its columns are {', '.join(row)}")
+            raise ValueError(f"{name}: row {n + 1} has no column {column!r}; it has {', '.join(row)}")
         text = row[column]
         for piece in pieces(text, limit, size, comments) if isinstance(text, str) else ():
             yield n, piece
 
 
 def find_files(path: Path) -> list[Path]:
-    """The data files of a folder, but for those in folders called test, tests, site-packages; a file is itself."""
-    skip, kinds = {"test", "tests", "site-packages"}, (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".py")
-    if path.is_file():
-        return [path]
-    return sorted(f for f in path.rglob("*") if f.name.endswith(kinds) and not skip & set(f.relative_to(path).parts))
+    """The data files of a folder, but for those in folders called test, tests or site-packages."""
+    kinds = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet", ".py")
+    found = sorted(f for f in path.rglob("*") if f.name.endswith(kinds))
+    skip = {"test", "tests", "site-packages"}
+    return [path] if path.is_file() else [f for f in found if not skip & set(f.relative_to(path).parts)]
 
 
 def pieces(text: str, limit: int, size: Callable[[str], int], comments: bool) -> list[str]:

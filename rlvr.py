@@ -4,7 +4,7 @@
 The policy writes a group of programs for each problem, the sandbox runs them against the tests, and
 
     A_i   = r_i - mean(r of the group)                                  r_i = 1 if all tests pass, else 0
-    loss  = - 1/N sum_{i, t} min( rho A_i, clip(rho, 1 - low, 1 + high) A_i ),   rho = pi(token) / pi_old(token)
+    loss  = - 1/N sum_{i, t} min( rho A_i, clip(rho, 1 - low, 1 + high) A_i ), rho = pi(token) / pi_old(token)
 
 over the N sampled tokens of all groups that carry a signal, of all ranks and micro-batches: few such groups
 make a noisier step, not a smaller one.
@@ -49,8 +49,8 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
     """One update of GRPO, in place, on this rank's share of the problems.
 
     seeds: one for each sample, G = cfg.rl_group of a problem after the other. Returns what to watch, over all
-    ranks: reward, signal (share of groups), truncated (share of samples), length, entropy (nats per token, from
-    the samples), the gradient's norm, tokens put through the model.
+    ranks: reward, signal (share of groups), truncated (share of samples), length, entropy (nats per token,
+    from the samples), the gradient's norm, tokens put through the model.
     """
     G = cfg.rl_group
     asked = [p for p in problems for _ in range(G)]
@@ -60,7 +60,7 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
     signal = has_signal(rewards)                                                           # (P,)
     advantage = group_advantages(rewards).flatten().to(model.device)                       # (P * G,)
     used = [i for i in range(len(samples)) if signal[i // G]]
-    used.sort(key=lambda i: len(samples[i].tokens))                                        # neighbours pad little
+    used.sort(key=lambda i: len(samples[i].tokens))                                    # neighbours pad little
     traces = {i: as_trace(encode_prompt(enc, asked[i].prompt), samples[i]) for i in used}
 
     def losses():
@@ -78,9 +78,9 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
     sums["tokens"] = sums["length"] + 3 * sum(len(t.tokens) for t in traces.values())
     sums = total(sums)
     n = sums["samples"]
-    return dict(reward=sums["reward"] / n, signal=sums["signal"] / sums["groups"], truncated=sums["truncated"] / n,
-                length=sums["length"] / n, entropy=sums["surprise"] / sums["length"], grad_norm=norm,
-                tokens=sums["tokens"])
+    return dict(reward=sums["reward"] / n, truncated=sums["truncated"] / n, length=sums["length"] / n,
+                signal=sums["signal"] / sums["groups"], entropy=sums["surprise"] / sums["length"],
+                grad_norm=norm, tokens=sums["tokens"])
 
 
 def group_advantages(rewards: Tensor) -> Tensor:

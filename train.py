@@ -11,10 +11,10 @@
 A run leaves runs/<name>/: config.json, metrics.jsonl, infused.jsonl (the held-out programs as q infused them)
 and a model per stage, in the Hugging Face layout.
 
-Read it as: the settings, each phase's in its own module; `experiment`, the paper's story in order; the loop of
-each phase around its update (`e_update`, `m_update`, `rl_update`); the data; `Run`, the plumbing that they share:
-ranks, log, checkpoints. Every random draw is seeded by what it is for, (seed, phase, step, problem, sample): so
-neither the number of ranks nor a restart changes what is drawn.
+Read it as: the settings, each phase's in its own module; `experiment`, the paper's story in order; the loop
+of each phase around its update (`e_update`, `m_update`, `rl_update`); the data; `Run`, the plumbing that they
+share: ranks, log, checkpoints. Every random draw is seeded by what it is for, (seed, phase, step, problem,
+sample): so neither the number of ranks nor a restart changes what is drawn.
 """
 import argparse
 import copy
@@ -129,7 +129,8 @@ RL_POOL = 1024                # RL problems that are looked at
 TIME_LIMIT_S = 3.0            # CPU seconds of a sampled program: a young policy writes many endless loops
 
 # Recipes: what differs from the defaults. None has been run to its end (docs/recipes.md says what has). The
-# weights of the E-step are those that SmolLM2 was found to need, learning rates the usual ones at these sizes.
+# weights of the E-step are those that SmolLM2 was found to need, learning rates the usual ones at these
+# sizes.
 REAL = dict(
     data="codeparrot/codeparrot-clean",                # 5M Python files from GitHub, deduplicated, streamed
     column="content",
@@ -143,7 +144,7 @@ REAL = dict(
     eval_problems=400,                                 # a standard error of 2.5 points at most
     context=1536,                                      # LeetCode's longest prompt and its answer
     max_new_tokens=512,                                # 99 in 100 of LeetCode's solutions
-    max_rationale=64, max_comments=4,                  # a quarter of SmolLM2's comments are longer than a line
+    max_rationale=64, max_comments=4,                 # a quarter of SmolLM2's comments are longer than a line
     horizon=16,                                        # real blocks are longer than the world's loops
     floor=math.inf,                                    # a real line costs 11 nats: a floor of 3 would hide it
     broken_cost=3.0,                                   # and chance may win back more than half a nat
@@ -153,7 +154,7 @@ REAL = dict(
     sample_batch=64,                                   # or the cache would be the most of all
 )
 BILLION = dict(REAL, save_memory="recompute", micro_batch=8,
-               e_lr=5e-6, m_lr=1e-5,                   # Adam moves a weight, about 0.02, by so much per update
+               e_lr=5e-6, m_lr=1e-5,                  # Adam moves a weight, about 0.02, by so much per update
                rl_lr=1e-6)                             # what GRPO is mostly run with
 SMALL_CARD = dict(save_memory="offload", micro_batch=2)        # float32 state would be 25 GB for 1.5B
 QWEN, LLAMA = dict(BILLION, model="Qwen/Qwen2.5-1.5B"), dict(BILLION, model="meta-llama/Llama-3.2-1B")
@@ -161,8 +162,9 @@ RECIPES: dict[str, dict] = {
     "world": {},
     # One GPU of 24 GB. Smaller models bear larger learning rates; 24 rollouts per update were too noisy.
     "smollm2-135m": dict(
-        REAL, model="HuggingFaceTB/SmolLM2-135M", e_lr=1e-4, m_lr=5e-5, rl_lr=2e-5, experts=2048, e_programs=64,
-        e_steps=30, m_steps=60, rl_steps=20, rl_problems=16, eval_problems=128, max_new_tokens=256, micro_batch=4),
+        REAL, model="HuggingFaceTB/SmolLM2-135M", e_lr=1e-4, m_lr=5e-5, rl_lr=2e-5, experts=2048,
+        e_programs=64, e_steps=30, m_steps=60, rl_steps=20, rl_problems=16, eval_problems=128,
+        max_new_tokens=256, micro_batch=4),
     # One GPU of 80 GB: float32 weights and moments, products in bfloat16.
     "qwen2.5-1.5b": QWEN,
     "llama-3.2-1b": LLAMA,
@@ -292,7 +294,7 @@ def infuse(run: "Run", q: str, data: "Data", experts: list[Program], cfg, tag: s
     return train, heldout
 
 
-def m_step(run: "Run", stage: str, model: GPT, data: "Data", traces: list[Trace], heldout: list[Trace], n: int):
+def m_step(run: "Run", stage: str, model: GPT, data: "Data", traces: list[Trace], heldout: list, n: int):
     """n updates on `traces`: rationales and actions or, on programs without latents, NTP."""
     size, micro_batch = run.s.m.m_programs, run.s.run.micro_batch
     optimizer = run.optimizer(torch.optim.AdamW, model, betas=(0.9, 0.95), weight_decay=0.01)
@@ -328,7 +330,7 @@ def grpo(run: "Run", stage: str, model: GPT, data: "Data"):
 
 
 def accuracy(run: "Run", model: GPT, data: "Data", problems: int, samples: int = 1) -> dict[str, float]:
-    """Unbiased pass@k on the first held-out problems: of one greedy sample, or of several at temperature 1."""
+    """Unbiased pass@k on the first held-out problems: one greedy sample, or several at temperature 1."""
     numbers = run.mine(range(min(problems, len(data.eval_problems))))
     seeds = [run.draw("eval", i, j) for i in numbers for j in range(samples)]
     tries = [data.eval_problems[i] for i in numbers for _ in range(samples)]
@@ -361,18 +363,20 @@ class Data:
 
     def __init__(self, s: Settings, base: GPT, enc, box: Sandbox, unfit: dict[str, str] | None = None):
         self.s, self.enc, self.box, self.limit, self.eos = s, enc, box, base.limit, base.config.eos_id
-        self.openers = elbo.opener_mask(enc).to(own_device())                                              # (V,)
+        self.openers = elbo.opener_mask(enc).to(own_device())                                           # (V,)
         run, room = s.run, self.limit - s.rl.max_new_tokens
         self.eval_problems = self.problems(run.benchmark, run.eval_problems, "eval", 0)
         for p in self.eval_problems:
             if self.size(p.prompt) > room:
-                raise ValueError(f"{run.benchmark}: the prompt of {p.id} leaves less than {s.rl.max_new_tokens} of the "
-                                 f"context's {self.limit} tokens; raise --context, or lower --max-new-tokens")
+                raise ValueError(f"{run.benchmark}: beside the prompt of {p.id} less than {s.rl.max_new_tokens} "
+                                 f"of the {self.limit} tokens are left: lower --max-new-tokens")
         rl = self.problems(run.rl_data, RL_POOL, "train", 1) if s.rl.rl_steps else []
         if unfit is None:
-            unfit = {p.id: f"its prompt has more than {room} tokens" for p in rl if self.size(p.prompt) > room}
-            fit = [p for p in rl if p.id not in unfit] if run.rl_data != "world" else []    # all of the world's are
-            unfit |= from_first(lambda: bench.unfit_for_rl(fit, box))
+            long = [p.id for p in rl if self.size(p.prompt) > room]
+            unfit = dict.fromkeys(long, f"its prompt has more than {room} tokens")
+            if run.rl_data != "world":               # all of the world's are fit
+                rest = [p for p in rl if p.id not in unfit]
+                unfit |= from_first(lambda: bench.unfit_for_rl(rest, box))
         self.unfit, self.rl_problems = unfit, [p for p in rl if p.id not in unfit]
         if s.rl.rl_steps and len(self.rl_problems) < s.rl.rl_problems:
             raise ValueError(f"{run.rl_data}: {len(self.rl_problems)} problems are fit for RL, "
@@ -393,7 +397,7 @@ class Data:
         return [dataclasses.replace(p, timeout_s=TIME_LIMIT_S) for p in found]
 
     def parse(self, name: str, texts, least: int) -> list[Program]:
-        """Programs of (where, prompt, solution) that fit the context with room for a rationale, `least` or more."""
+        """Programs of (where, prompt, solution) that fit the context with room for a rationale."""
         out, n = [], 0
         for where, prompt, solution in texts:
             n += 1
@@ -404,12 +408,12 @@ class Data:
             if len(program) + program.room(self.enc, self.s.e.max_rationale) <= self.limit:
                 out.append(program)
         if len(out) < least:
-            raise ValueError(f"{name}: {len(out)} of {n} programs fit the context of {self.limit} tokens with room "
-                             f"for a rationale, {least} are needed; lower --e-programs, --m-programs or --rounds")
+            raise ValueError(f"{name}: {len(out)} of {n} programs fit {self.limit} tokens with a rationale, {least} "
+                             "are needed; lower --e-programs, --m-programs or --rounds")
         return out
 
     def read_experts(self, n: int) -> list[Program]:
-        """The expert programs of round n: of the embedded world, of benchmarks with solutions, or of a corpus."""
+        """The expert programs of round n: of the world, of benchmarks with solutions, or of a corpus."""
         run, begin = self.s.run, n * self.s.run.experts
         end = begin + run.experts
         if run.data == "world":
@@ -417,7 +421,8 @@ class Data:
         elif re.split("[,:@]", run.data)[0] in bench.SOURCES:
             texts = solutions(bench.load(run.data, run.data_dir or None, limit=end)[begin:])
         else:                                        # a third of the context is left for rationales
-            corpus = mstep.corpus(run.data, run.column, 2 * self.limit // 3 - 2, self.size, start=self.first_row)
+            most = 2 * self.limit // 3 - 2
+            corpus = mstep.corpus(run.data, run.column, most, self.size, start=self.first_row)
             texts = ((f"row {row + 1}", "", text) for row, text in islice(corpus, begin, end))
         name = run.data + f", round {n + 1}" * (n > 0)
         return self.parse(name, texts, max(self.s.e.e_programs, self.s.m.m_programs))
@@ -430,11 +435,11 @@ class Data:
             if np.mean(trace.thinks()) >= 0.1:
                 out.append(trace)
             if len(out) == run.warm_steps * n:
-                self.first_row = (row + 1) * (run.warm_data == run.data)       # the experts' programs are others
+                self.first_row = (row + 1) * (run.warm_data == run.data)    # the experts' programs are others
                 break
         if len(out) < n:
-            raise ValueError(f"--warm-data {run.warm_data}: {len(out)} programs have comments at a tenth of their "
-                             f"lines, {n} are needed; lower --m-programs")
+            raise ValueError(f"--warm-data {run.warm_data}: {len(out)} programs have comments at a tenth "
+                             f"of their lines, {n} are needed; lower --m-programs")
         return out
 
 
@@ -503,7 +508,7 @@ class Run:
                 save_tokenizer(self.enc, folder)
             tokens = sum(r.get("tokens", 0) for r in self.records if r.get("phase") == name)
             cost = dict(seconds=round(time.time() - began, 1), tokens=tokens,
-                        peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))       # of all stages so far
+                        peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))      # of all stages so far
             self.once(f"cost/{name}", lambda: cost)  # a crash before this only repeats the end of the stage
             self.delete_checkpoints(but=0)
             barrier()
@@ -535,12 +540,12 @@ class Run:
 
     # checkpoints
 
-    def steps(self, stage: str, model: GPT, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0.0):
+    def steps(self, stage: str, model: GPT, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0):
         """Yield the steps still to do of 0..n-1, learning rate set: a linear warm-up times a fall by `decay`.
 
         Each step must log what its update returns. State is saved on the way, and found after a restart.
         """
-        shared = isinstance(optimizer, mstep.Masters)      # each rank saves its share, from which weights follow
+        shared = isinstance(optimizer, mstep.Masters)   # each rank saves its share, from which weights follow
         last = self.records[-1] if self.records else {}
         first = last["step"] + 1 if last.get("phase") == stage else 0
 
@@ -679,8 +684,8 @@ def start_folder(s: Settings, unfit: dict[str, str]) -> Path:
         old = read_config(folder)["settings"]
         for k in config.keys() - set(MAY_CHANGE):
             if old.get(k) != config[k]:
-                raise ValueError(f"--{k.replace('_', '-')} {config[k]}: {folder} was started with {old.get(k)}; "
-                                 "resume with the same settings")
+                flag = k.replace("_", "-")
+                raise ValueError(f"--{flag} {config[k]}: {folder} was started with {old.get(k)}, which stays")
     elif (folder / "config.json").exists():
         raise ValueError(f"{folder} exists; go on with it by --resume, or choose another --name")
     else:
@@ -695,7 +700,7 @@ def start_folder(s: Settings, unfit: dict[str, str]) -> Path:
 def main(s: Settings):
     s.check()
     if s.run.model == "base" and not Path("base").exists():
-        s.run.model = str(Path(__file__).parent / "base")        # beside the code, wherever that is started from
+        s.run.model = str(Path(__file__).parent / "base")     # beside the code, wherever that is started from
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -714,8 +719,8 @@ def main(s: Settings):
         data = Data(s, base, enc, box, unfit)   # first of all: bad data leaves nothing behind
         folder = from_first(lambda: start_folder(s, data.unfit))
         run = Run(s, folder, enc)
-        run.say(f"{folder}: {len(data.experts)} expert programs, {len(data.eval_problems)} held-out problems, "
-                f"{len(data.rl_problems)} for RL ({len(data.unfit)} unfit)")
+        run.say(f"{folder}: {len(data.experts)} expert programs, {len(data.eval_problems)} held-out problems,"
+                f" {len(data.rl_problems)} for RL ({len(data.unfit)} unfit)")
         try:
             experiment(run, data)
         except KeyboardInterrupt:

@@ -48,7 +48,7 @@ def test_an_unknown_recipe_is_one_sentence():
 def test_a_shorter_context_is_kept_to(tmp_path, monkeypatch):
     """Prompt and answer of the world's problems fit 512 tokens, the base's own context, but not 230."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="of the context's 230 tokens"):
+    with pytest.raises(ValueError, match="of the 230 tokens are left"):
         train.main(parse_flags(["--context", "230", "--experts", "64", "--model", str(ROOT / "base")]))
 
 

@@ -240,7 +240,7 @@ def refused(folder: Path, monkeypatch, *flags: str) -> str:
     (["--data", "no/such/corpus.jsonl"], "no/such/corpus.jsonl"),
     (["--data", str(ROOT / "Makefile")], "Makefile"),
     (["--benchmark", "humanevil"], "humanevil"),
-    (["--max-rationale", "500"], "programs fit the context"),
+    (["--max-rationale", "500"], "programs fit 512 tokens with a rationale"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, flags, said):
     sentence = refused(tmp_path, monkeypatch, *flags)
@@ -312,7 +312,7 @@ def test_problems_are_held_to_the_time_limit_and_to_the_context(tmp_path, monkey
         data = load_data([*flags, "mbpp-docstring:test"], box, {"mbpp/1": "an earlier start said so"})
         assert [p.id for p in data.rl_problems] == ["mbpp/2", "mbpp/3", "mbpp/4"]               # a resumed run goes on with the problems it had
         assert not load_data(["--rl-data", "no/such", "--rl-steps", "0"], box).rl_problems
-        with pytest.raises(ValueError, match="the prompt of mbpp/3 leaves less than 224 of the context's 512 tokens; raise --context, or lower"):
+        with pytest.raises(ValueError, match="beside the prompt of mbpp/3 less than 224 of the 512 tokens are left: lower"):
             load_data([*flags, "mbpp-docstring:validation"], box)
 
 
