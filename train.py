@@ -98,7 +98,13 @@ class Settings:
         """Raises ValueError, in one sentence, for a value that cannot work."""
         values, run, e = self.flat(), self.run, self.e
         arms = set(run.arms.split(","))
-        rules = [
+        rules = []
+        for name, value in values.items():
+            least = 0 if name == "seed" or name.endswith("_steps") else 1
+            rules.append((name, type(value) is not int or value >= least, f"must be at least {least}"))
+            rules.append((name, not name.endswith("_lr") or 0 < value < 1, "expected a rate between 0 and 1"))
+            rules.append((name, type(value) is not float or value >= 0, "must not be negative"))
+        rules += [
             ("name", re.fullmatch(r"(\w[\w.+-]*)?", run.name), "expected letters, digits, -, + and ."),
             ("resume", run.name or not run.resume, "say which run, with --name"),
             ("arms", arms <= {"ra3", "ntp", "ntp-long"}, "expected some of ra3,ntp,ntp-long"),
@@ -111,11 +117,6 @@ class Settings:
             ("p_think", 0 < e.p_think < 1, "a probability strictly between 0 and 1 is needed"),
             ("explore", e.explore < 1, "a share below 1 is needed; --rationales always thinks everywhere"),
             ("gamma", 0 < e.gamma <= 1, "a discount lies in (0, 1]")]
-        for name, value in values.items():
-            least = 0 if name == "seed" or name.endswith("_steps") else 1
-            rules.append((name, type(value) is not int or value >= least, f"must be at least {least}"))
-            rules.append((name, type(value) is not float or value >= 0, "must not be negative"))
-            rules.append((name, not name.endswith("_lr") or 0 < value < 1, "expected a rate between 0 and 1"))
         for name, fact, expected in rules:
             if not fact:
                 raise ValueError(f"--{name.replace('_', '-')} {values[name]}: {expected}")
@@ -368,8 +369,8 @@ class Data:
         self.eval_problems = self.problems(run.benchmark, run.eval_problems, "eval", 0)
         for p in self.eval_problems:
             if self.size(p.prompt) > room:
-                raise ValueError(f"{run.benchmark}: beside the prompt of {p.id} less than {s.rl.max_new_tokens} "
-                                 f"of the {self.limit} tokens are left: lower --max-new-tokens")
+                raise ValueError(f"{run.benchmark}: beside {p.id} less than {s.rl.max_new_tokens} of the "
+                                 f"{self.limit} tokens are left: lower --max-new-tokens")
         rl = self.problems(run.rl_data, RL_POOL, "train", 1) if s.rl.rl_steps else []
         if unfit is None:
             long = [p.id for p in rl if self.size(p.prompt) > room]
@@ -408,8 +409,8 @@ class Data:
             if len(program) + program.room(self.enc, self.s.e.max_rationale) <= self.limit:
                 out.append(program)
         if len(out) < least:
-            raise ValueError(f"{name}: {len(out)} of {n} programs fit {self.limit} tokens with a rationale, {least} "
-                             "are needed; lower --e-programs, --m-programs or --rounds")
+            raise ValueError(f"{name}: {len(out)} of {n} programs fit {self.limit} tokens with a rationale, "
+                             f"{least} are needed; lower --e-programs, --m-programs or --rounds")
         return out
 
     def read_experts(self, n: int) -> list[Program]:
@@ -560,9 +561,11 @@ class Run:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((step + 1) / warmup, 1.0) * (1 - decay * step / n)
+            began = time.time()
             yield step
             shown = {k: v for k, v in self.records[-1].items() if k in ("reward", "think", "loss", "signal")}
-            bar.set_postfix(shown, refresh=False)
+            speed = self.records[-1].get("tokens", 0) / (time.time() - began)
+            bar.set_postfix(shown | {"tokens/s": round(speed)}, refresh=False)
             if (step + 1) % self.s.run.save_every == 0 and step + 1 < n:
                 if shared or self.rank == 0:
                     state = dict(optimizer=optimizer.state_dict())
