@@ -15,21 +15,21 @@ Linux on x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install
 
 A test-executed reward is as good as its harness: reinforcement learning finds every hole. The decisions:
 
-1. Tests and program never share a process. `candidate` in a test sends its arguments and reads a value back.
-   No test can be read, patched or skipped from the program's process: it is not there.
-2. Values travel as tagged JSON of plain types (`pack`, `unpack`), never as pickle or source. An object that
-   would lie in `__eq__` arrives as the plain value that it holds, or not at all.
-3. A fault (death, timeout, flood, broken protocol) ends the tester on the spot, its verdict sent: a test that
-   contains a bare `except` cannot forgive it. Without a fault the tester goes on to the next job.
-4. The candidate can only compute: a seccomp-BPF allowlist refuses every other system call (files, sockets,
+1. Tests and program never share a process. `candidate` in a test sends its arguments and reads a value back:
+   what a program could read, patch or skip is not there. Values travel as tagged JSON of plain types, no
+   pickle. An object that would lie in `__eq__` arrives as the plain value that it holds, or not at all.
+2. A fault (death, timeout, flood, broken protocol) ends the tester on the spot, its verdict sent: a test with
+   a bare `except` cannot forgive it. Without a fault the tester goes on to the next job.
+3. The candidate can only compute: a seccomp-BPF allowlist refuses every other system call (files, sockets,
    processes, signals). It is installed before the source is read; without seccomp nothing runs.
-5. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. The zygote is no fork of the
+4. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. The zygote is no fork of the
    trainer: that would copy the page tables of gigabytes, and share secrets.
-6. A limit is CPU time, of program and tests. Four times that in wall time ends those who sleep.
-7. The trainer believes only the tester, and does not wait for it: a legal but nasty value (`10**12` in a test
+5. A limit is CPU time, of program and tests. Four times that in wall time ends those who sleep.
+6. The trainer believes only the tester, and does not wait for it: a legal but nasty value (`10**12` in a test
    that counts up to it) can hold it up, and then it is killed.
 """
 
+import ast
 import atexit
 import builtins
 import collections
@@ -69,56 +69,40 @@ MAX_ITEMS = 1 << 20           # of an iterator that a program returns: it may ha
 START_S = 60.0                # seconds that a worker may take to start, or to compile the tests of a job
 TESTER_MB = 4096              # address space of the tests
 RETIRE_MB = 250               # a tester that has held more than this is replaced after the job
-WALL_FACTOR = 4               # times its timeout_s in wall time ends a program that sleeps or waits for a core
+WALL_FACTOR = 4               # times its timeout_s in wall time ends a program that sleeps
 GRACE_S = 2.0                 # seconds that a tester may be late after that before it is killed
 
 
 # ---- The public face: three kinds of job, one kind of verdict ----
 
 class Check(NamedTuple):
-    """A function and `check(candidate)`: HumanEval, HumanEval+, LeetCode.
-
-    source: the untrusted program. If its first line is indented it continues `prelude`, as HumanEval's do.
-    test: trusted; defines `check(candidate)`.
-    entry_point: what is tested: the expression `f`, or `Solution().twoSum`.
-    prelude: trusted, not secret (the prompt, the imports): runs beside the tests, and in the candidate before
-        `source`. Instances of classes that it defines (ListNode) can be arguments and results.
-    timeout_s: CPU seconds of program and tests, and a quarter of the wall seconds; None: the sandbox's own.
-    """
-    source: str
-    test: str
-    entry_point: str
+    """A function and `check(candidate)`: HumanEval, HumanEval+, LeetCode."""
+    source: str                        # untrusted; continues the prelude if its first line is indented
+    test: str                          # trusted; defines `check(candidate)`
+    entry_point: str                   # what is tested: the expression `f`, or `Solution().twoSum`
+    # Trusted, not secret (the prompt, the imports): runs beside the tests, and before `source`. Instances of
+    # its classes (ListNode) can be arguments and results.
     prelude: str = ""
-    timeout_s: float | None = None
+    timeout_s: float | None = None     # CPU seconds of program and tests; None: the sandbox's own
 
 
 class Asserts(NamedTuple):
-    """Functions and a list of assert statements: MBPP, MBPP+. They run in order, up to the first that fails.
-
-    source, timeout_s: as for Check.
-    tests: trusted statements, all in one namespace.
-    setup: trusted statements that run before them. The candidate gets the imports in it, and nothing else.
-    names: what the tests may use of the program. Give `names_under_test(reference, tests)` where there is a
-        reference; when empty: the names in the tests that neither Python nor setup and tests define.
-    """
-    source: str
-    tests: tuple[str, ...]
-    setup: str = ""
+    """Functions and a list of assert statements: MBPP, MBPP+. They run in order, up to one that fails."""
+    source: str                        # untrusted
+    tests: tuple[str, ...]             # trusted statements, all in one namespace
+    setup: str = ""                    # trusted, runs before them; of it the candidate gets the imports
+    # What the tests may use of the program: `names_under_test(reference, tests)` where there is a reference.
+    # Empty: the names in the tests that neither Python nor setup and tests define.
     names: tuple[str, ...] = ()
-    timeout_s: float | None = None
+    timeout_s: float | None = None     # CPU seconds of program and tests; None: the sandbox's own
 
 
 class Stdio(NamedTuple):
-    """A program from stdin to stdout: LiveCodeBench, Codeforces. One process per case, up to one that fails.
-
-    cases: pairs (stdin, expected stdout), compared token by token: see `same_output`.
-    prelude: trusted, not secret (imports): runs before `source`, in the same namespace.
-    timeout_s: CPU seconds of each case, and a quarter of its wall seconds; None: the sandbox's own.
-    """
-    source: str
-    cases: tuple[tuple[str, str], ...]
-    prelude: str = ""
-    timeout_s: float | None = None
+    """A program from stdin to stdout: LiveCodeBench, Codeforces. One process per case, up to a failure."""
+    source: str                        # untrusted
+    cases: tuple[tuple[str, str], ...]    # pairs (stdin, expected stdout): see `same_output`
+    prelude: str = ""                  # trusted, not secret (imports): runs before `source`, in its namespace
+    timeout_s: float | None = None     # CPU seconds of each case; None: the sandbox's own
 
 
 class Verdict(NamedTuple):
@@ -142,12 +126,12 @@ class InvalidJob(ValueError):
         self.reason, self.index = reason, index
 
 
-class Sandbox:
+class Sandbox(contextlib.AbstractContextManager):
     """A pool of workers. Use as a context manager, or call `close()`.
 
     workers: None means one per core that this process may use, shared between the ranks of torchrun here.
-    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none; four
-    times as much wall time ends it too (it may sleep, or wait for a busy core).
+    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none;
+    four times as much wall time ends it too.
     Raises ValueError for a bad argument, RuntimeError where the sandbox cannot work (no Linux, no seccomp).
     """
 
@@ -168,9 +152,6 @@ class Sandbox:
         self._workers = list(self._threads.map(_Worker, [memory_mb] * workers))
         self._idle = list(self._workers)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *error):
         self.close()
 
@@ -190,8 +171,8 @@ class Sandbox:
     def iter(self, jobs: Iterable) -> Iterator[Verdict]:
         """Yields the verdicts of `jobs` in their order, each as soon as it and all before it are there.
 
-        Raises TypeError or ValueError for a job that cannot be judged: a field of the wrong type, tests that do
-        not compile or never call the candidate (InvalidJob); RuntimeError if the sandbox is closed or busy.
+        Raises TypeError or ValueError for a job that cannot be judged: a field of the wrong type, tests that
+        do not compile or never call the candidate (InvalidJob); RuntimeError if it is closed or busy.
         """
         if not self._workers or self._owner != os.getpid():
             raise RuntimeError("this Sandbox is closed (or of another process: open one per process)")
@@ -216,11 +197,15 @@ class Sandbox:
             self._lock.release()
 
     def _judge(self, index, job) -> Verdict:
-        started = time.monotonic()
+        started, worker = time.monotonic(), self._idle.pop()
         job = job._replace(timeout_s=job.timeout_s or self.timeout_s)
-        worker = self._idle.pop()
+        kind, detail, passed = "crash", "the worker died twice on this job", 0
         try:
             kind, detail, passed = self._ask(worker, job)
+        except TimeoutError:
+            kind, detail = "timeout", "a value that the program returned held the tests up"
+        except (EOFError, OSError):
+            pass
         finally:
             self._idle.append(worker)
         if kind == "invalid":
@@ -229,17 +214,16 @@ class Sandbox:
         return Verdict(kind == "passed", kind, passed, _count_tests(job), seconds, detail)
 
     def _ask(self, worker, job):
-        for _ in range(2):
-            try:
-                answer = worker.judge(job)
-                return answer["kind"], answer["detail"], answer["passed"]
-            except TimeoutError:
-                return "timeout", "a value that the program returned held the tests up", 0
-            except (EOFError, OSError):
-                if not self._leaving:
-                    worker.close()
-                    worker.start()
-        return "crash", "the worker died twice on this job", 0
+        try:
+            return worker.judge(job)
+        except TimeoutError:
+            raise
+        except (EOFError, OSError):
+            if self._leaving:
+                raise
+        worker.close()
+        worker.start()
+        return worker.judge(job)
 
 
 def _count_tests(job):
@@ -260,19 +244,16 @@ def _check_fields(index, job):
 def _is_good(name, value):
     if name == "timeout_s":
         return value is None or (isinstance(value, (int, float)) and 0 < value < 1e6)
-    if name in ("tests", "names", "case"):
-        return isinstance(value, (tuple, list)) and all(isinstance(text, str) for text in value)
-    if name == "cases":
-        return isinstance(value, (tuple, list)) and all(_is_good("case", case) and len(case) == 2 for case in value)
-    return isinstance(value, str)
+    if name not in ("tests", "names", "cases", "case"):
+        return isinstance(value, str)
+    part = "case" if name == "cases" else "text"
+    good = isinstance(value, (tuple, list)) and all(_is_good(part, item) for item in value)
+    return good and (name != "case" or len(value) == 2)
 
 
 # As a module, because Python keeps the bytecode of modules: compiling this file takes longer than loading it.
-_START_ZYGOTE = """
-import sys
-from importlib.machinery import SourceFileLoader
-SourceFileLoader("sandbox", sys.argv[1]).load_module()._zygote_main(*sys.argv[2:])
-"""
+_START_ZYGOTE = """import sys, importlib.machinery
+importlib.machinery.SourceFileLoader("sandbox", sys.argv[1]).load_module()._zygote_main(*sys.argv[2:])"""
 
 
 class _Worker:
@@ -288,25 +269,28 @@ class _Worker:
         # Packets, so that one message never runs into the next.
         self.zygote, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         paths = [path for path in sys.path if os.path.isabs(path) and os.path.isdir(path)]
-        environment = {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}
-        environment["MALLOC_ARENA_MAX"] = "1"    # else glibc reserves 64 MB for a thread: eight are too much
-        if "LD_LIBRARY_PATH" in os.environ:      # some Pythons do not start without
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        # Some Pythons do not start without LD_LIBRARY_PATH. Threads: glibc reserves 64 MB for each otherwise.
+        environment = {key: os.environ[key] for key in ["LD_LIBRARY_PATH"] if key in os.environ}
+        environment |= {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         command = [sys.executable, "-I", "-S", "-c", _START_ZYGOTE, os.path.abspath(__file__)]
         command += [str(os.getpid()), str(self.memory_mb), *paths]
         with theirs:
             self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, env=environment,
                                             cwd="/", start_new_session=True)
         source = "def probe():\n try: open('/')\n except PermissionError: return 'locked'"
+        probe = Asserts(source, ("assert probe() == 'locked'",), "", ("probe",), START_S)
         try:
-            answer = self.judge(Asserts(source, ("assert probe() == 'locked'",), "", ("probe",), START_S))
+            kind, detail, _ = self.judge(probe)
         except (EOFError, OSError):
             raise RuntimeError("the sandbox's worker did not start: its own error is on stderr") from None
-        if answer["kind"] != "passed":
-            raise RuntimeError(f"the sandbox cannot work here: {answer['kind']}: {answer['detail']}")
+        if kind != "passed":
+            raise RuntimeError(f"the sandbox cannot work here: {kind}: {detail}")
 
-    def judge(self, job) -> dict:
-        """The tester's answer. Raises TimeoutError if that is late, EOFError or OSError if a process of ours died."""
+    def judge(self, job):
+        """(kind, detail, tests passed), from the tester.
+
+        Raises TimeoutError if that is late, EOFError or OSError if a process of ours has died.
+        """
         answer, seconds = {}, START_S
         try:
             if self.tester is None:
@@ -314,13 +298,13 @@ class _Worker:
                 with theirs:
                     socket.send_fds(self.zygote, [b"start"], [theirs.fileno()])
             _send(self.tester, job._asdict())
-            while "kind" not in answer:
+            while "verdict" not in answer:
                 if not self.tester.poll(seconds):
                     raise TimeoutError
+                # One answer comes when the tests are compiled, or a case starts: from there the limit holds.
                 answer = _receive(self.tester)
-                # The tests are compiled and the program (a script: a case) starts: from here on its limit holds.
                 seconds = WALL_FACTOR * job.timeout_s + GRACE_S
-            return answer
+            return answer["verdict"]
         finally:
             if answer.get("last", True):
                 self.end_tester()
@@ -368,8 +352,8 @@ BASES = (int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset
 def pack(value, classes=()) -> dict:
     """A plain value as a JSON-able dict. Raises TypeError for any other object.
 
-    An instance of a subclass becomes the plain value in it. Records (instances of the `classes` named) go to a
-    table and are referred to by their place in it, so that a linked list needs no nesting and may be a ring.
+    An instance of a subclass becomes the plain value in it. Records (instances of the `classes` named) go to
+    a table and are referred to by their place in it: a linked list needs no nesting and may be a ring.
     """
     places, found = {}, []
 
@@ -388,7 +372,7 @@ def pack(value, classes=()) -> dict:
             return {tag: [walk(item) for item in value]}
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
             return {"type": value.__name__}
-        if kind is functools.partial:          # a name of the program: see `_Tester.bind`
+        if kind is functools.partial:          # a name of the program
             return {"name": value.args[0]}
         if tag in classes:
             if id(value) not in places:
@@ -413,10 +397,9 @@ def pack(value, classes=()) -> dict:
 
 
 def unpack(packed: dict, classes=None, find_name=None):
-    """The value of `pack`. `classes`: those of the records, by name; `find_name`: what {"name": ...} stands for.
+    """The value of `pack`. `classes`: those of records, by name; `find_name`: what {"name": ...} stands for.
 
-    Builds plain values only, whatever it is fed. Raises ValueError, TypeError, KeyError, AttributeError,
-    RecursionError or MemoryError if that is not what `pack` makes.
+    Builds plain values only, whatever it is fed. Raises an Exception if that is not what `pack` makes.
     """
     records = [object.__new__(classes[name]) for name, _ in packed["records"]]
 
@@ -456,22 +439,6 @@ def unpack(packed: dict, classes=None, find_name=None):
 TOLD_KINDS = ("syntax", "memory", "forbidden call")    # of a verdict, that the candidate's own word decides
 
 
-class _Builtins(dict):
-    """What the tests find besides their own names: Python's; modules, as MBPP's tests use math and rely on the
-    program's import of it; and, for Asserts without names, whatever they think that the program defines."""
-
-    def __init__(self, bind):
-        super().__init__(vars(builtins))
-        self.bind = bind
-
-    def __missing__(self, name):
-        if name in sys.stdlib_module_names:
-            return importlib.import_module(name)
-        if self.bind is None:
-            raise KeyError(name)
-        return self.bind(name)
-
-
 class _Tester:
     """Runs one job after the other, each against a fresh candidate (a script: one per case)."""
 
@@ -486,17 +453,15 @@ class _Tester:
             self.timeout_s, self.passed, self.calls = job["timeout_s"], 0, 0
             self.raised, self.classes = None, {}
             kind, detail = self.run_script(job) if "cases" in job else self.run_tests(job)
-            self.report(kind, detail, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > RETIRE_MB << 10)
+            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+            self.finish(kind, detail, last=peak_mb > RETIRE_MB)
 
-    def report(self, kind, detail, last):
-        _send(self.trainer, {"kind": kind, "detail": detail, "passed": self.passed, "last": last})
+    def finish(self, kind, detail, last=True):
+        """Reports the verdict. After a fault it ends this process: no test can swallow that."""
+        self.end_candidate()
+        _send(self.trainer, {"verdict": (kind, detail, self.passed), "last": last})
         if last:
             os._exit(0)
-
-    def finish(self, kind, detail):
-        """Reports a fault and ends this process: no test can swallow that."""
-        self.end_candidate()
-        self.report(kind, detail, last=True)
 
     def start_candidate(self, files=()):
         _send(self.trainer, {})
@@ -520,7 +485,6 @@ class _Tester:
         """Kills it if it lives. Returns (kind, detail) of its end; the kind of a good end is ""."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         _, status, peak_mb = self.order([])
-        self.candidate.close()
         code = os.waitstatus_to_exitcode(status)
         if code >= 0:
             return "exception" if code else "", f"the process ended with exit status {code}"
@@ -536,9 +500,8 @@ class _Tester:
             os._exit(1)                # no zygote, no work: the trainer starts another worker
 
     def run_tests(self, job):
-        module = sys.modules["tests"] = types.ModuleType("tests")    # dataclasses look themselves up there
-        space, depth = vars(module), sys.getrecursionlimit()
-        space["__builtins__"] = _Builtins(None if job.get("names", True) else self.bind)
+        sys.modules["tests"] = types.ModuleType("tests")    # where dataclasses look themselves up
+        space, depth = vars(sys.modules["tests"]), sys.getrecursionlimit()
         try:
             plan = _plan_tests(job)
             exec(_compile(plan["shared"], "<prelude>", "exec"), space)
@@ -547,13 +510,19 @@ class _Tester:
             sources = {f"<test {place}>": source for place, source in enumerate(plan["steps"])}
             early, *steps = [_compile(source, name, "exec") for name, source in sources.items()]
             exec(early, space)
+            space.update({name: importlib.import_module(name) for name in plan["modules"]})
         except Exception as error:
             return "invalid", f"its tests fail before they call the candidate: {_line(error)}"
         finally:
             sys.setrecursionlimit(depth)       # a prelude may raise it, for the program
         self.start_candidate()
-        self.load(job["source"], plan)
-        space.update({name: self.bind(expression) for name, expression in plan["names"].items()})
+        # The program is there when its top level has run, and has defined what will be tested.
+        answer = self.ask({"prelude": plan["shared"], "source": job["source"], "classes": list(self.classes),
+                           "names": plan["needed"]})
+        if "error" in answer:
+            self.raise_error(answer["error"], forgivable=False)
+        for name, expression in plan["names"].items():
+            space[name] = functools.partial(self.call, expression)
         kind, detail = "passed", ""
         try:
             for place, step in enumerate(steps):
@@ -563,22 +532,9 @@ class _Tester:
             kind, detail = "exception", _line(error)
             if error is not self.raised:
                 kind, detail = "wrong answer", _where(error, sources)
-        self.end_candidate()
         if self.calls == 0:
             return "invalid", "its tests never call the candidate: every program would do as well"
         return kind, detail
-
-    def load(self, source, plan):
-        """Sends the program, and waits until its top level has run and has defined what will be tested."""
-        names = sorted(set(plan["names"].values()))
-        program = {"prelude": plan["shared"], "source": source, "classes": list(self.classes), "names": names}
-        answer = self.ask(program)
-        if "error" in answer:
-            self.raise_error(answer["error"], forgivable=False)
-
-    def bind(self, name):
-        """What a test sees of the program."""
-        return functools.partial(self.call, name)
 
     def call(self, name, /, *args, **kwargs):
         self.calls += 1
@@ -630,36 +586,36 @@ class _Tester:
 
     def run_script(self, job):
         for given, expected in job["cases"]:
-            with (open(os.memfd_create("stdin"), "w+b") as stdin,
-                  open(os.memfd_create("stdout"), "w+b") as stdout):
-                stdin.write(given.encode("utf-8", "surrogatepass"))
-                stdin.seek(0)
-                kind, detail = self.run_case(job, stdin, stdout, expected)
+            kind, detail = self.run_case(job, given, expected)
             if kind != "passed":
                 return kind, detail
             self.passed += 1
         return "passed", ""
 
-    def run_case(self, job, stdin, stdout, expected):
-        self.start_candidate([stdin.fileno(), stdout.fileno()])
-        told = None
-        try:
-            # One message comes back at most, with the exception. Its word counts for the detail only.
-            _send(self.candidate, {"prelude": job["prelude"], "source": job["source"]})
-            told, name, text = map(str, _receive(self.candidate, MAX_MESSAGE)["error"])
-        except (EOFError, ConnectionError):
-            pass                       # the usual end
-        except Exception:
-            self.finish("protocol", "the program wrote to the sandbox's own channel")
-        kind, detail = self.end_candidate()
-        if os.fstat(stdout.fileno()).st_size >= MAX_MESSAGE:
+    def run_case(self, job, given, expected):
+        with open(os.memfd_create("stdin"), "w+b") as stdin, open(os.memfd_create("stdout"), "w+b") as stdout:
+            stdin.write(given.encode("utf-8", "surrogatepass"))
+            stdin.seek(0)
+            self.start_candidate([stdin.fileno(), stdout.fileno()])
+            told = None
+            try:
+                # One message comes back at most, with the exception. Its word counts for the detail only.
+                _send(self.candidate, {"prelude": job["prelude"], "source": job["source"]})
+                told, name, text = map(str, _receive(self.candidate, MAX_MESSAGE)["error"])
+            except (EOFError, ConnectionError):
+                pass                   # the usual end
+            except Exception:
+                self.finish("protocol", "the program wrote to the sandbox's own channel")
+            kind, detail = self.end_candidate()
+            stdout.seek(0)
+            printed = stdout.read()
+        if len(printed) >= MAX_MESSAGE:
             return "flood", f"more than {MAX_MESSAGE >> 20} MB on stdout"
         if told is not None:
             return told if told in TOLD_KINDS else "exception", _line(f"{name}: {text}")
         if kind:
             return kind, detail
-        stdout.seek(0)
-        difference = first_difference(stdout.read().decode("utf-8", "replace"), expected)
+        difference = first_difference(printed.decode("utf-8", "replace"), expected)
         return ("wrong answer", difference) if difference else ("passed", "")
 
 
@@ -667,28 +623,31 @@ _compile = functools.lru_cache(maxsize=64)(compile)    # a batch holds many prog
 
 
 def _plan_tests(job) -> dict:
-    """Check and Asserts in one form. `shared` runs on both sides. `steps` run here: one before the program, then,
-    with `names` bound to expressions of the program, a set-up and the tests."""
+    """Check and Asserts in one form. `shared` runs on both sides. `steps` run here: one before the program,
+    then, with `names` bound to expressions of the program, a set-up and the tests."""
     if "test" in job:
         entry = job["entry_point"]
-        steps = [job["test"] + "\ncheck", "", "check(candidate)"]    # whether there is a check is seen early
-        return {"shared": job["prelude"], "steps": steps, "names": {"candidate": entry, entry: entry}}
+        steps = [job["test"] + "\ncheck", "", "check(candidate)"]    # there must be a check
+        return {"shared": job["prelude"], "steps": steps, "modules": [], "needed": [entry],
+                "names": {"candidate": entry, entry: entry}}
+    text = "\n".join([job["setup"], *job["tests"]])
     imports = re.findall(r"^(?:import|from) .+", job["setup"], re.MULTILINE)
     shared = "".join(f"try: {line}\nexcept ImportError: pass\n" for line in imports)
-    names = {name: name for name in job["names"]}
-    return {"shared": shared, "steps": ["", job["setup"], *job["tests"]], "names": names}
+    # MBPP's tests use math, and rely on the program's `import math`. Theirs is the real one.
+    modules = set(re.findall(r"(?<![\w.])[a-z]+(?=\.)", text)) & sys.stdlib_module_names
+    words = job["names"] or set(re.findall(r"(?<![\w.])[^\W\d]\w*", text)) - set(dir(builtins)) - modules
+    return {"shared": shared, "steps": ["", job["setup"], *job["tests"]], "modules": modules,
+            "needed": job["names"], "names": {word: word for word in words}}
 
 
 def names_under_test(reference: str, tests: Iterable[str]) -> tuple[str, ...]:
     """The names that `reference` (trusted!) defines and `tests` use: `Asserts.names` for its problem."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")    # an invalid escape is not worth a line on stderr
-        defining, *tables = [symtable.symtable(source, "<>", "exec") for source in (reference, "\n".join(tests))]
-    defined = {name.get_name() for name in defining.get_symbols() if name.is_assigned()}
-    used = set()
-    for table in tables:               # which grows on the way
-        tables += table.get_children()
-        used |= {name.get_name() for name in table.get_symbols() if name.is_global() and name.is_referenced()}
+        symbols = symtable.symtable(reference, "<reference>", "exec").get_symbols()
+        nodes = list(ast.walk(ast.parse("\n".join(tests))))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    defined = {name.get_name() for name in symbols if name.is_assigned()}
     return tuple(sorted(defined & used))
 
 
@@ -713,8 +672,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Token by token. Where a float is expected, any number within 1e-6 (absolute or relative) will do. Integers are
-    exact: 20.00 is 20, as for the judges that wrote the expected outputs, and nothing else is."""
+    """Token by token. Where a float is expected, any number within 1e-6 (absolute or relative) will do. Whole
+    numbers are exact: 20.00 is 20, as for the judges that wrote the expected outputs, and nothing else is."""
     return not first_difference(printed, expected)
 
 
@@ -740,19 +699,20 @@ def _is_close(token, expected):
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 libc = ctypes.PyDLL(None)
-# `os.fork` lets `threading`, `random` and others put themselves in order for the child, which copies 200 pages:
-# half the price of a fork. A process with one thread and no lock taken has nothing to put in order.
+# `os.fork` lets `threading`, `random` and others put themselves in order for the child and copy 200 pages:
+# half the price. A process with one thread and no lock taken has nothing to put in order.
 raw_fork = libc.fork
 
-# What a program may import, with all that these import, as no file can be opened later. Names that this Python
-# does not know are passed over. numpy and sortedcontainers where they are installed: judges have them.
+# What a program may import, with all that these import, as no file can be opened later; what is not installed
+# is passed over. numpy and sortedcontainers: judges have them.
 MODULES = """
     argparse array base64 bisect calendar cmath codecs colorsys contextvars copy csv dataclasses datetime
     decimal difflib encodings.ascii encodings.cp1252 encodings.cp437 encodings.hex_codec encodings.idna
-    encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13 encodings.unicode_escape
-    encodings.utf_16 encodings.utf_32 encodings.utf_8_sig fractions glob graphlib hashlib heapq hmac html
-    ipaddress locale mmap numpy pathlib pickle platform pprint queue secrets shlex sortedcontainers statistics
-    string tempfile textwrap timeit unittest urllib.parse uuid zlib __future__ _colorize _strptime
+    encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13
+    encodings.unicode_escape encodings.utf_16 encodings.utf_32 encodings.utf_8_sig fractions glob graphlib
+    hashlib heapq hmac html ipaddress locale mmap numpy pathlib pickle platform pprint queue secrets shlex
+    sortedcontainers statistics string tempfile textwrap timeit unittest urllib.parse uuid zlib __future__
+    _colorize _strptime
 """.split()
 
 
@@ -777,12 +737,12 @@ def _zygote_main(trainer_pid, memory_mb, *paths):
         os.dup2(null, standard)        # tests may print
     sys.path += [path for path in paths if path not in sys.path]
     _warm_up()
-    os.dup2(null, 2)
-    os.close(null)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     with open("/proc/self/statm") as file:
         memory_bytes = int(file.read().split()[0]) * resource.getpagesize() + (int(memory_mb) << 20)
     seccomp = build_filter(os.uname().machine)
+    os.dup2(null, 2)
+    os.close(null)
     orders, tester, candidate = None, 0, 0
     while True:
         ready, _, _ = select.select([trainer, orders or trainer], [], [], 1)
@@ -873,11 +833,10 @@ def _describe(error, kind="exception"):
     elif isinstance(error, PermissionError) and error.errno == errno.EPERM:
         kind = "forbidden call"
     cls = next(cls for cls in type(error).__mro__ if cls.__module__ == "builtins")
-    try:
-        text = str(error)
-    except BaseException:
-        text = ""
-    return [kind, cls.__name__, text[:10_000]]
+    text = ""
+    with contextlib.suppress(BaseException):
+        text = str(error)[:10_000]
+    return [kind, cls.__name__, text]
 
 
 def _execute(source, space):
@@ -891,7 +850,7 @@ def _execute(source, space):
 
 def _serve_calls(channel, request):
     space = vars(sys.modules.setdefault("program", types.ModuleType("program")))
-    find_name = functools.cache(lambda name: eval(name, space))    # `Solution()` in `Solution().f` is made once
+    find_name = functools.cache(lambda name: eval(name, space))    # makes the one in `Solution().f` once
     prelude, source, classes = request["prelude"], request["source"], request["classes"]
     if source.lstrip("\r\n")[:1] in (" ", "\t"):
         prelude, source = "", f"{prelude}\n{source}"
@@ -906,7 +865,7 @@ def _serve_calls(channel, request):
     _send(channel, answer | {"ticket": request["ticket"]})
     while True:
         request = _receive(channel)
-        kind = "value"                 # an error on its way: no test may take it for one that the program raised
+        kind = "value"                 # an error on its way: not one that the program raised
         try:
             args, kwargs = unpack(request, space, find_name)
             function = find_name(request["call"])
@@ -931,8 +890,8 @@ def _run_script(channel, request):
     try:                               # as at the end of an interpreter: wait for threads, run atexit, flush
         threading._shutdown()
         atexit._run_exitfuncs()
-        if sys.stdout is not None and not getattr(sys.stdout, "closed", False):
-            sys.stdout.flush()
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()         # if it has not been replaced or closed
         del sys.modules["__main__"]
         gc.collect()                   # other writers flush when they go
         with contextlib.suppress(ValueError):
@@ -946,14 +905,15 @@ def _run_script(channel, request):
 
 # The system calls that a candidate may make, with their numbers on x86-64 and aarch64. All others get EPERM.
 SYSCALLS = """
-    read 0 63, write 1 64, readv 19 65, writev 20 66, close 3 57, fstat 5 80, lseek 8 62, poll 7 -, ppoll 271 73,
-    select 23 -, pselect6 270 72, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, mremap 25 216,
-    madvise 28 233, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132,
-    restart_syscall 219 128, futex 202 98, set_robust_list 273 99, rseq 334 293, membarrier 324 283,
-    sched_yield 24 124, exit 60 93, exit_group 231 94, nanosleep 35 101, clock_nanosleep 230 115,
-    clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -, times 100 153,
-    getrusage 98 165, getrandom 318 278, getpid 39 172, gettid 186 178, getuid 102 174, geteuid 107 175,
-    getgid 104 176, getegid 108 177, uname 63 160, sched_getaffinity 204 123, getrlimit 97 163, getcwd 79 17
+    read 0 63, write 1 64, readv 19 65, writev 20 66, close 3 57, fstat 5 80, lseek 8 62, poll 7 -,
+    select 23 -, ppoll 271 73, pselect6 270 72, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214,
+    mremap 25 216, madvise 28 233, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
+    sigaltstack 131 132, restart_syscall 219 128, futex 202 98, set_robust_list 273 99, rseq 334 293,
+    membarrier 324 283, sched_yield 24 124, exit 60 93, exit_group 231 94, nanosleep 35 101,
+    clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -,
+    times 100 153, getrusage 98 165, getrandom 318 278, getpid 39 172, gettid 186 178, getuid 102 174,
+    geteuid 107 175, getgid 104 176, getegid 108 177, uname 63 160, sched_getaffinity 204 123,
+    getrlimit 97 163, getcwd 79 17
 """
 CLONE, CLONE3, PRLIMIT, NEWFSTATAT = (56, 220), (435, 435), (302, 261), (262, 79)
 THREAD_FLAGS = 0x3D0F00                # what pthread_create passes to clone; anything else would be a process
@@ -963,9 +923,9 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}    # with the kern
 def build_filter(machine: str) -> bytes:
     """The seccomp filter as a `struct sock_fprog`, for a machine of ARCHITECTURES."""
     column = list(ARCHITECTURES).index(machine)
-    # (operation, instructions to skip if true, if false, operand): linux/bpf_common.h. Arguments have 64 bits.
-    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-    NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
+    # (operation, instructions to skip if true, if false, operand): see linux/bpf_common.h.
+    LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
+    NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16             # where they are; each argument has 64 bits
     KILL, ALLOW = (RETURN, 0, 0, 0x80000000), (RETURN, 0, 0, 0x7FFF0000)
     REFUSE, UNKNOWN = (RETURN, 0, 0, 0x50000 | errno.EPERM), (RETURN, 0, 0, 0x50000 | errno.ENOSYS)
 
@@ -979,11 +939,9 @@ def build_filter(machine: str) -> bytes:
         return [*both_halves, ALLOW, REFUSE]
 
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, ARCHITECTURES[machine]), KILL, (LOAD, 0, 0, NUMBER)]
-    if machine == "x86_64":
-        program += [(AT_LEAST, 0, 1, 0x40000000), KILL]    # the x32 twins of the same calls
     program += when(CLONE, *when_argument(0, THREAD_FLAGS))
-    program += when(CLONE3, UNKNOWN)               # glibc falls back to clone
-    program += when(PRLIMIT, *when_argument(2, 0))           # no new limit: it only reads
+    program += when(CLONE3, UNKNOWN)                       # glibc falls back to clone
+    program += when(PRLIMIT, *when_argument(2, 0))         # no new limit: it only reads
     AT_EMPTY_PATH = 0x1000                                 # so newfstatat is fstat, in glibc >= 2.33
     program += when(NEWFSTATAT, (LOAD, 0, 0, ARGUMENTS + 24), (ANY_BIT, 0, 1, AT_EMPTY_PATH), ALLOW, REFUSE)
     for line in SYSCALLS.split(","):
