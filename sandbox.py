@@ -39,6 +39,7 @@ import errno
 import functools
 import gc
 import importlib
+import io
 import itertools
 import json
 import math
@@ -53,6 +54,7 @@ import struct
 import subprocess
 import symtable
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -70,6 +72,8 @@ START_S = 60.0                # seconds that a worker may take to start, or to c
 TESTER_MB = 4096              # address space of the tests
 RETIRE_MB = 250               # a tester that has held more than this is replaced after the job
 WALL_FACTOR = 4               # times its timeout_s in wall time ends a program that sleeps
+ALARM_S = 0.02                # between two looks at a program that runs
+MAX_THREADS = 256             # of a program, at such a look; more is a "flood" too
 GRACE_S = 2.0                 # seconds that a tester may be late after that before it is killed
 
 
@@ -107,9 +111,9 @@ class Stdio(NamedTuple):
 
 class Verdict(NamedTuple):
     """kind: "passed", "wrong answer", "exception", "timeout", "memory", "syntax", "crash" (the process died),
-    "flood" (too much output), "protocol" (no valid answer to a call) or "forbidden call" (a system call was
-    refused, and it mattered). tests_passed of tests: statements of Asserts, cases of Stdio; a Check is one.
-    seconds: wall time."""
+    "flood" (too much output, too many threads), "protocol" (no valid answer to a call) or "forbidden call" (a
+    system call was refused, and it mattered). tests_passed of tests: statements of Asserts, cases of Stdio; a
+    Check is one. seconds: wall time."""
     passed: bool
     kind: str
     tests_passed: int
@@ -221,8 +225,7 @@ class Sandbox(contextlib.AbstractContextManager):
         except (EOFError, OSError):
             if self._leaving:
                 raise
-        worker.close()
-        worker.start()
+        worker.restart()
         return worker.judge(job)
 
 
@@ -277,7 +280,7 @@ class _Worker:
         with theirs:
             self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, env=environment,
                                             cwd="/", start_new_session=True)
-        source = "def probe():\n try: open('/')\n except PermissionError: return 'locked'"
+        source = "import os\ndef probe():\n try: os.chdir('/')\n except PermissionError: return 'locked'"
         probe = Asserts(source, ("assert probe() == 'locked'",), "", ("probe",), START_S)
         try:
             kind, detail, _ = self.judge(probe)
@@ -301,7 +304,7 @@ class _Worker:
             while "verdict" not in answer:
                 if not self.tester.poll(seconds):
                     raise TimeoutError
-                # One answer comes when the tests are compiled, or a case starts: from there the limit holds.
+                # The first comes when the tests are compiled; then one a second, if nothing holds them up.
                 answer = _receive(self.tester)
                 seconds = WALL_FACTOR * job.timeout_s + GRACE_S
             return answer["verdict"]
@@ -313,6 +316,16 @@ class _Worker:
     def end_tester(self):
         with contextlib.suppress(OSError):     # a zygote that has died has no tester
             self.zygote.send(b"end")
+
+    def restart(self):
+        for pause in (0, 0.2, 1, 3, 9):        # programs may have used up the processes that there can be
+            time.sleep(pause)
+            self.close()
+            try:
+                return self.start()
+            except (OSError, RuntimeError) as error:
+                failure = error
+        raise RuntimeError(f"the sandbox lost a worker process and cannot start another: {failure}")
 
     def close(self):
         """Ends the zygote; the kernel ends its children."""
@@ -439,6 +452,13 @@ def unpack(packed: dict, classes=None, find_name=None):
 TOLD_KINDS = ("syntax", "memory", "forbidden call")    # of a verdict, that the candidate's own word decides
 
 
+def _queueing_s(pid):
+    """The seconds that a process (its first thread) has been ready to run, and had no core."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/schedstat") as file:
+        return int(file.read().split()[1]) / 1e9
+    return 0.0
+
+
 class _Tester:
     """Runs one job after the other, each against a fresh candidate (a script: one per case)."""
 
@@ -468,18 +488,23 @@ class _Tester:
         self.candidate, theirs = Pipe()
         with theirs:
             self.pid = self.order([theirs.fileno(), *files])[0]
-        self.started, self.started_cpu = time.monotonic(), time.process_time()
-        # It repeats: a signal just before a `read` only sets a flag, at which Python looks after the `read`.
-        signal.setitimer(signal.ITIMER_REAL, self.timeout_s, 0.1)
+        self.heard = time.monotonic()
+        self.started, self.started_cpu = self.heard - _queueing_s("self"), time.process_time()
+        signal.setitimer(signal.ITIMER_REAL, ALARM_S, ALARM_S)
 
     def on_alarm(self, *_):
         # The CPU clock of another process, until that is waited for: see clock_getcpuclockid.
         cpu = time.clock_gettime(~self.pid << 3 | 2) + time.process_time() - self.started_cpu
-        wall = time.monotonic() - self.started
-        left = min(self.timeout_s - cpu, WALL_FACTOR * self.timeout_s - wall)
-        if left <= 0:
-            self.finish("timeout", f"still running after {cpu:.2f} s of CPU, {wall:.2f} s in all")
-        signal.setitimer(signal.ITIMER_REAL, max(left, 0.01), 0.1)
+        now = time.monotonic()
+        wall = now - _queueing_s("self") - _queueing_s(self.pid) - self.started
+        if cpu >= self.timeout_s or wall >= WALL_FACTOR * self.timeout_s:
+            self.finish("timeout", f"still running after {cpu:.2f} s of CPU, {wall:.2f} s with its sleep")
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{self.pid}/task").st_nlink > MAX_THREADS + 2:
+                self.finish("flood", f"more than {MAX_THREADS} threads")
+        if now - self.heard > GRACE_S / 2:
+            self.heard = now
+            _send(self.trainer, {})    # the tests go on, if slowly
 
     def end_candidate(self):
         """Kills it if it lives. Returns (kind, detail) of its end; the kind of a good end is ""."""
@@ -707,12 +732,12 @@ raw_fork = libc.fork
 # is passed over. numpy and sortedcontainers: judges have them.
 MODULES = """
     argparse array base64 bisect calendar cmath codecs colorsys contextvars copy csv dataclasses datetime
-    decimal difflib encodings.ascii encodings.cp1252 encodings.cp437 encodings.hex_codec encodings.idna
-    encodings.latin_1 encodings.punycode encodings.raw_unicode_escape encodings.rot_13
-    encodings.unicode_escape encodings.utf_16 encodings.utf_32 encodings.utf_8_sig fractions glob graphlib
-    hashlib heapq hmac html ipaddress locale mmap numpy pathlib pickle platform pprint queue secrets shlex
-    sortedcontainers statistics string tempfile textwrap timeit unittest urllib.parse uuid zlib __future__
-    _colorize _strptime
+    decimal difflib doctest fileinput gzip lzma encodings.ascii encodings.cp1252 encodings.cp437
+    encodings.hex_codec encodings.idna encodings.latin_1 encodings.punycode encodings.raw_unicode_escape
+    encodings.rot_13 encodings.unicode_escape encodings.utf_16 encodings.utf_32 encodings.utf_8_sig
+    fractions glob graphlib hashlib heapq hmac html ipaddress locale mmap numpy pathlib pickle platform
+    pprint queue secrets shlex sortedcontainers statistics string tempfile textwrap timeit unittest
+    urllib.parse uuid zlib __future__ _colorize _strptime
 """.split()
 
 
@@ -741,6 +766,9 @@ def _zygote_main(trainer_pid, memory_mb, *paths):
     with open("/proc/self/statm") as file:
         memory_bytes = int(file.read().split()[0]) * resource.getpagesize() + (int(memory_mb) << 20)
     seccomp = build_filter(os.uname().machine)
+    nowhere = tempfile.mkdtemp()
+    root = os.open(nowhere, os.O_PATH)         # the root directory of candidates, where that may be changed
+    os.rmdir(nowhere)
     os.dup2(null, 2)
     os.close(null)
     orders, tester, candidate = None, 0, 0
@@ -752,7 +780,7 @@ def _zygote_main(trainer_pid, memory_mb, *paths):
                 orders = None
                 continue
             end = _end_child(candidate)
-            candidate = _fork_child(_run_candidate, fds, memory_bytes, seccomp) if fds else 0
+            candidate = _fork_child(_run_candidate, fds, root, memory_bytes, seccomp) if fds else 0
             for fd in fds:
                 os.close(fd)
             orders.send(struct.pack("iid", candidate, *end))
@@ -777,7 +805,11 @@ def _zygote_main(trainer_pid, memory_mb, *paths):
 
 def _fork_child(run, *args):
     here = os.getpid()
-    pid = raw_fork()
+    for pause in (0, 0.1, 0.3, 1, 3):  # other programs may have used up the processes that there can be
+        time.sleep(pause)
+        pid = raw_fork()
+        if pid >= 0:
+            break
     if pid == 0:
         try:
             # The kernel kills this process when its parent ends, even while it holds the GIL.
@@ -803,9 +835,12 @@ def _set_limit(limit, value):
         resource.setrlimit(limit, (value, value))
 
 
-def _run_candidate(fds, memory_bytes, seccomp):
+def _run_candidate(fds, root, memory_bytes, seccomp):
     """Gives up every right, and only then reads the program."""
     channel, *files = fds
+    with contextlib.suppress(PermissionError):    # else AT_EMPTY_PATH with a path gives the sizes of files
+        os.fchdir(root)
+        os.chroot(".")
     for standard, fd in enumerate(files):
         os.dup2(fd, standard)          # stdin, stdout
     os.dup2(channel, 3)
@@ -835,7 +870,7 @@ def _describe(error, kind="exception"):
     cls = next(cls for cls in type(error).__mro__ if cls.__module__ == "builtins")
     text = ""
     with contextlib.suppress(BaseException):
-        text = str(error)[:10_000]
+        text = str(error.args[0] if type(error) is KeyError else error)[:10_000]    # its str() is a repr()
     return [kind, cls.__name__, text]
 
 
@@ -879,6 +914,12 @@ def _serve_calls(channel, request):
 
 def _run_script(channel, request):
     sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.modules["__main__"].__file__ = "/program.py"
+    real_open, real_size, devices = open, threading.stack_size, {"/dev/stdin": 0, "/dev/stdout": 1}
+    builtins.open = io.open = lambda file, *rest, **named: real_open(devices.get(file, file), *rest, **named)
+    # What contestants do for deep recursion: as much as the memory allows.
+    threading.stack_size = lambda size=0: real_size(min(size, 128 << 20))
+    resource.setrlimit = lambda *limits: None
     code = error = None
     try:
         _execute(request["prelude"], vars(sys.modules["__main__"]))
@@ -915,7 +956,7 @@ SYSCALLS = """
     geteuid 107 175, getgid 104 176, getegid 108 177, uname 63 160, sched_getaffinity 204 123,
     getrlimit 97 163, getcwd 79 17
 """
-CLONE, CLONE3, PRLIMIT, NEWFSTATAT = (56, 220), (435, 435), (302, 261), (262, 79)
+CLONE, CLONE3, PRLIMIT, NEWFSTATAT, OPENAT = (56, 220), (435, 435), (302, 261), (262, 79), (257, 56)
 THREAD_FLAGS = 0x3D0F00                # what pthread_create passes to clone; anything else would be a process
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}    # with the kernel's names for them
 
@@ -926,8 +967,9 @@ def build_filter(machine: str) -> bytes:
     # (operation, instructions to skip if true, if false, operand): see linux/bpf_common.h.
     LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
     NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16             # where they are; each argument has 64 bits
-    KILL, ALLOW = (RETURN, 0, 0, 0x80000000), (RETURN, 0, 0, 0x7FFF0000)
-    REFUSE, UNKNOWN = (RETURN, 0, 0, 0x50000 | errno.EPERM), (RETURN, 0, 0, 0x50000 | errno.ENOSYS)
+    errors = errno.EPERM, errno.ENOENT, errno.ENOSYS
+    KILL, ALLOW, REFUSE, NO_FILE, NO_CALL = [
+        (RETURN, 0, 0, what) for what in (0x80000000, 0x7FFF0000, *(0x50000 | number for number in errors))]
 
     def when(call, *body):
         """`body` for this system call: it must end in a return. Else skip it."""
@@ -940,10 +982,12 @@ def build_filter(machine: str) -> bytes:
 
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, ARCHITECTURES[machine]), KILL, (LOAD, 0, 0, NUMBER)]
     program += when(CLONE, *when_argument(0, THREAD_FLAGS))
-    program += when(CLONE3, UNKNOWN)                       # glibc falls back to clone
+    program += when(CLONE3, NO_CALL)                       # glibc falls back to clone
     program += when(PRLIMIT, *when_argument(2, 0))         # no new limit: it only reads
     AT_EMPTY_PATH = 0x1000                                 # so newfstatat is fstat, in glibc >= 2.33
-    program += when(NEWFSTATAT, (LOAD, 0, 0, ARGUMENTS + 24), (ANY_BIT, 0, 1, AT_EMPTY_PATH), ALLOW, REFUSE)
+    program += when(NEWFSTATAT, (LOAD, 0, 0, ARGUMENTS + 24), (ANY_BIT, 0, 1, AT_EMPTY_PATH), ALLOW, NO_FILE)
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT         # reading: `try: open("input.txt")` is common
+    program += when(OPENAT, (LOAD, 0, 0, ARGUMENTS + 16), (ANY_BIT, 0, 1, writing), REFUSE, NO_FILE)
     for line in SYSCALLS.split(","):
         _, *numbers = line.split()
         if numbers[column] != "-":

@@ -136,6 +136,8 @@ def test_a_function_of_the_program_can_be_an_argument(sandbox):
 def test_expected_exceptions(sandbox):
     test = "def check(candidate):\n    try:\n        candidate(-1)\n    except ValueError as error:\n        assert 'negative' in str(error)\n    else:\n        assert False\n"
     assert verdict_of(sandbox, "class Mine(ValueError): pass\ndef f(x): raise Mine('negative')", test, "f", kind=Check).passed
+    key = test.replace("ValueError", "KeyError").replace("'negative' in str(error)", "error.args == ('negative',)")
+    assert verdict_of(sandbox, "def f(x): raise KeyError('negative')", key, "f", kind=Check).passed
     assert verdict_of(sandbox, "def f(x): raise KeyError('negative')", test, "f", kind=Check).kind == "exception"
     assert verdict_of(sandbox, "def f(x): return 1", test, "f", kind=Check).kind == "wrong answer"
 
@@ -219,10 +221,17 @@ def f(n):
     "import os\nout = os.fdopen(1, 'w')\nprint(3, file=out)",
     "import sys\nprint(3)\nsys.exit(False)",
     "import sys\nprint(3)\nsys.stdout = None",
+    "import io, os\nclass Late(io.IOBase):\n    def flush(self): os.write(1, b'3\\n')\nlate = Late()",
+    "try: open('input.txt')\nexcept FileNotFoundError: print(3)",
+    "assert open('/dev/stdin').read() == '' and __file__\nopen('/dev/stdout', 'w').write('3\\n')",
+    "import resource, sys, threading\nresource.setrlimit(resource.RLIMIT_STACK, (-1, -1))\nsys.setrecursionlimit(10**6)\n"
+    "threading.stack_size(2**29)\ndef deep(n): return n and deep(n - 1)\nthreading.Thread(target=lambda: print(3 + deep(20000))).start()",
     "import sys\nclass Tee:\n    def write(self, text): sys.__stdout__.write(text)\n    def flush(self): pass\nsys.stdout = Tee()\nprint(3)",
 ])
-def test_a_script_ends_as_in_an_interpreter(sandbox, source):
-    assert subprocess.run([sys.executable, "-c", source], capture_output=True).stdout == b"3\n"
+def test_a_script_ends_as_in_an_interpreter(sandbox, source, tmp_path):
+    (tmp_path / "script.py").write_text(source)
+    natively = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, input=b"", cwd=tmp_path)
+    assert natively.stdout == b"3\n"
     assert verdict_of(sandbox, source, (("", "3\n"),), kind=Stdio).passed
 
 
@@ -332,6 +341,10 @@ def test_a_bad_setting_gets_one_sentence(fields, message):
     (Asserts("x = 1", ("assert (",)), ValueError, "job 1: its tests fail before they call the candidate: SyntaxError"),
     (Check("x = 1", "import not_there", "f"), ValueError, "No module named 'not_there'"),
     (Check("x = 1", "def chekc(candidate): pass", "f"), ValueError, "NameError: name 'check'"),
+    (Check("def f(): pass", "def check(candidate): pass", "f"), ValueError, "job 1: its tests never call the candidate"),
+    (Check("def f(): pass", "async def check(candidate): assert candidate()", "f"), ValueError, "never call"),
+    (Check("def f(): pass", "def check(candidate): yield candidate()", "f"), ValueError, "never call"),
+    (Asserts("x = 1", ("assert pow(2, 3) == 8",)), ValueError, "never call"),
     (Asserts("x = 1", ("assert f()",), timeout_s=0), TypeError, "Asserts.timeout_s cannot be 0"),
 ])
 def test_a_bad_job_gets_one_sentence(sandbox, job, error, message):
@@ -510,6 +523,49 @@ def test_a_limit_is_cpu_time_so_a_busy_machine_changes_no_verdict():
     assert quick.passed, quick
     if quick.seconds <= 0.6:                         # the scheduler's choice, not ours
         pytest.skip("the rivals did not slow the program down: nothing was shown")
+
+
+def test_a_core_that_is_shared_with_many_changes_no_verdict():
+    core = {min(os.sched_getaffinity(0))}
+    with Sandbox(workers=1, timeout_s=0.6) as sandbox:
+        zygote = sandbox._workers[0].process.pid
+        for pid in (zygote, *descendants(zygote)):
+            os.sched_setaffinity(pid, core)
+        rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, core)) for _ in range(9)]
+        try:
+            verdict = sandbox.run([Asserts(BURN, ("assert f(0.4)",))])[0]
+        finally:
+            for rival in rivals:
+                rival.kill()
+                rival.wait()
+    assert verdict.passed, verdict
+    if verdict.seconds <= 2.4:
+        pytest.skip("the rivals did not slow the program down: nothing was shown")
+
+
+def test_a_worker_that_cannot_be_started_at_once_is_tried_again(monkeypatch):
+    real, failures = subprocess.Popen, [BlockingIOError(11, "Resource temporarily unavailable")] * 2
+
+    def popen(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return real(*args, **kwargs)
+
+    with Sandbox(workers=1) as sandbox:
+        os.kill(sandbox._workers[0].process.pid, signal.SIGKILL)
+        monkeypatch.setattr(subprocess, "Popen", popen)
+        assert sandbox.run([ADD])[0].passed and not failures
+
+
+def test_a_fork_that_fails_is_tried_again(tmp_path):
+    """The same file, with a fork that fails at first, as where there are as many processes as there can be."""
+    code = (ROOT / "sandbox.py").read_text()
+    assert code.count("raw_fork = libc.fork\n") == 1
+    failing = "tries = iter(range(99))\ndef raw_fork(): return libc.fork() if next(tries) % 3 == 2 else -1\n"
+    (tmp_path / "sandbox.py").write_text(code.replace("raw_fork = libc.fork\n", failing))
+    use = "import sandbox\nwith sandbox.Sandbox(workers=1) as box: print(box.run([sandbox.Asserts('def f(): return 1', ('assert f() == 1',))])[0].kind)"
+    printed = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True, timeout=60).stdout
+    assert printed == "passed\n"
 
 
 def test_programs_that_wait_end_by_wall_time_and_tests_count_too(sandbox):

@@ -235,12 +235,12 @@ clone3: exception
 SYSCALL
 def f(): return call(435, 435, ctypes.create_string_buffer(88), 88)
 ----
-thread bomb: exception timeout memory
+thread bomb: exception timeout memory flood
 import threading, time
 def f():
     while True: threading.Thread(target=time.sleep, args=(100,)).start()
 ----
-thread bomb with small stacks: exception timeout memory crash
+thread bomb with small stacks: flood
 import threading, time
 threading.stack_size(32768)
 def f():
@@ -298,7 +298,7 @@ def f():
     except PermissionError: return "refused"
     return "done"
 ----
-lists a directory: forbidden call
+lists a directory: exception
 import os
 def f():
     os.listdir("/")
@@ -347,7 +347,7 @@ the environment: wrong answer
 import os
 def f(): return repr(dict(os.environ))
 ----
-the environment of the parent: forbidden call
+the environment of the parent: exception
 import os
 def f(): return open(f"/proc/{os.getppid()}/environ").read() and "done"
 ----
@@ -594,6 +594,15 @@ def test_a_sandbox_sees_nothing_of_the_trainers_environment(sandbox):
     assert verdict.passed, verdict
 
 
+def test_no_file_can_be_measured(sandbox):
+    """newfstatat is allowed with AT_EMPTY_PATH, which does not keep the kernel from following a path."""
+    if os.geteuid():
+        pytest.skip("only root may change its root directory")
+    source = SYSCALL + "def f(): return call(262, 79, -100, b'/etc/passwd', ctypes.create_string_buffer(256), 0x1000)"
+    verdict = sandbox.run([Asserts(source, HONEST.tests)])[0]
+    assert verdict.kind == "exception" and "No such file" in verdict.detail, verdict
+
+
 def test_calls_of_the_32_bit_kernel_interface_kill(sandbox):
     if os.uname().machine != "x86_64":
         pytest.skip("only x86-64 has a second interface")
@@ -620,7 +629,8 @@ def f():
     ("import ctypes; ctypes.string_at(0)", "crash"),
     ("import sys; sys.exit(3)", "exception"),
     ("import os; os.fork()", "forbidden call"),
-    ("open('/etc/passwd')", "forbidden call"),
+    ("open('/etc/passwd')", "exception"),
+    ("open('/etc/passwd', 'a')", "forbidden call"),
     ("x = (", "syntax"),
     ("import os\nos.write(3, b'x' * 100)", "protocol"),
     ("import os\nos.write(3, b'\\xff' * 100)", "protocol"),
