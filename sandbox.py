@@ -205,28 +205,19 @@ class Sandbox(contextlib.AbstractContextManager):
         job = job._replace(timeout_s=job.timeout_s or self.timeout_s)
         kind, detail, passed = "crash", "the worker died twice on this job", 0
         try:
-            kind, detail, passed = self._ask(worker, job)
-        except TimeoutError:
-            kind, detail = "timeout", "a value that the program returned held the tests up"
-        except (EOFError, OSError):
-            pass
+            for _ in range(2):
+                try:
+                    kind, detail, passed = worker.judge(job)
+                    break
+                except (EOFError, OSError):
+                    if not self._leaving:
+                        worker.restart()
         finally:
             self._idle.append(worker)
         if kind == "invalid":
             raise InvalidJob(detail, index)
         seconds = time.monotonic() - started
         return Verdict(kind == "passed", kind, passed, _count_tests(job), seconds, detail)
-
-    def _ask(self, worker, job):
-        try:
-            return worker.judge(job)
-        except TimeoutError:
-            raise
-        except (EOFError, OSError):
-            if self._leaving:
-                raise
-        worker.restart()
-        return worker.judge(job)
 
 
 def _count_tests(job):
@@ -290,10 +281,7 @@ class _Worker:
             raise RuntimeError(f"the sandbox cannot work here: {kind}: {detail}")
 
     def judge(self, job):
-        """(kind, detail, tests passed), from the tester.
-
-        Raises TimeoutError if that is late, EOFError or OSError if a process of ours has died.
-        """
+        """(kind, detail, tests passed). Raises EOFError or OSError if a process of ours has died."""
         answer, seconds = {}, START_S
         try:
             if self.tester is None:
@@ -303,7 +291,7 @@ class _Worker:
             _send(self.tester, job._asdict())
             while "verdict" not in answer:
                 if not self.tester.poll(seconds):
-                    raise TimeoutError
+                    return "timeout", "a value that the program returned held the tests up", 0
                 # The first comes when the tests are compiled; then one a second, if nothing holds them up.
                 answer = _receive(self.tester)
                 seconds = WALL_FACTOR * job.timeout_s + GRACE_S

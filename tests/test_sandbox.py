@@ -531,7 +531,8 @@ def test_a_core_that_is_shared_with_many_changes_no_verdict():
         zygote = sandbox._workers[0].process.pid
         for pid in (zygote, *descendants(zygote)):
             os.sched_setaffinity(pid, core)
-        rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, core)) for _ in range(9)]
+        rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True,    # the kernel shares by sessions
+                                   preexec_fn=lambda: os.sched_setaffinity(0, core)) for _ in range(9)]
         try:
             verdict = sandbox.run([Asserts(BURN, ("assert f(0.4)",))])[0]
         finally:
