@@ -451,17 +451,23 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
 
 
 def prefill(model: GPT, cache: KVCache, slots: list[int], prompts: list[list[int]]) -> list[int]:
-    """Run prompts into slots of a cache, all tokens but the last, which are returned: the decoding loop feeds
-    them.
+    """Run prompts into slots of a cache, all tokens but the last, which are returned: the decoding loop feeds them.
 
-    The samples of a group share their prompt, which is run once.
+    What prompts share is run once: the samples of a group are one prompt, few-shot prompts begin with the same
+    examples (MBPP's 633 of 736 tokens: two to three times as fast at 64 new tokens, SmolLM2-135M on a CPU).
     """
     unique = {body: n for n, body in enumerate(dict.fromkeys(tuple(p[:-1]) for p in prompts))}
-    fresh = new_cache(model, len(unique), max(map(len, unique)))
-    if any(unique):
-        text = pad(list(unique), 0, model.device)                                          # (B, T)
-        model(text, cache=fresh, at=torch.zeros_like(text, dtype=torch.bool))        # a cache needs no logits
-    fresh.length += torch.tensor([len(body) for body in unique], device=model.device)
+    prefix = os.path.commonprefix(list(unique))
+    fresh = new_cache(model, 1, max(map(len, unique)))
+
+    def extend(cache: KVCache, parts: list):
+        if any(parts):
+            text = pad(parts, 0, model.device)                                             # (B, T)
+            model(text, cache=cache, at=torch.zeros_like(text, dtype=torch.bool))          # a cache needs no logits
+        cache.length += torch.tensor([len(part) for part in parts], device=model.device)
+    extend(fresh, [prefix])
+    fresh = fresh.select(torch.zeros(len(unique), dtype=torch.int64, device=model.device))
+    extend(fresh, [body[len(prefix):] for body in unique])
     copies = torch.tensor([unique[tuple(p[:-1])] for p in prompts], device=model.device)
     cache.put(torch.tensor(slots, device=model.device), fresh.select(copies))
     return [p[-1] for p in prompts]

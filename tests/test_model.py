@@ -280,15 +280,15 @@ def test_generate_equals_naive_sampling(batch_size, temperature):
     assert {s.stopped for s in out} == {True, False} and len({len(s.tokens) for s in out}) > 3
 
 
-def test_what_a_group_shares_is_computed_once_and_changes_nothing():
-    model, calls = tiny(), []
-    prompts = [PROMPTS[4]] * 4 + [PROMPTS[2]]
-    hook = model.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape))
-    out = generate(model, prompts, max_new_tokens=8, seeds=SEEDS[:5], stop_ids=())
+def test_what_prompts_share_is_computed_once_and_changes_nothing():
+    model, shared = tiny(), tokens(7, seed=99).tolist()
+    prompts = [shared + p for p in PROMPTS[:6]] + [shared, shared + PROMPTS[1]]     # one is all shared, two are equal
+    calls = []
+    hook = model.register_forward_pre_hook(lambda module, args: calls.append(args[0].numel()))
+    out = generate(model, prompts, max_new_tokens=8, seeds=SEEDS[:8], stop_ids=())
     hook.remove()
     assert [s.tokens for s in out] == [naive(model, p, s, 8, 1.0, ())[0] for p, s in zip(prompts, SEEDS)]
-    assert calls[0] == (2, 16)                  # two prompts, all but their last token
-
+    assert calls[:2] == [6, 6 * 17]         # the shared tokens but the last, which is fed when decoding; six distinct rests, the longest of 17
 
 
 def test_generate_ends_rows_for_each_reason():
