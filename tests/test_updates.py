@@ -28,10 +28,10 @@ from model import GPT, GPTConfig, Sample
 TEXTS, END = ["#", "\n", "a", "x", "##"], 5
 ENC = tiktoken.Encoding("tiny", pat_str=r"##|[\s\S]", special_tokens={"<|endoftext|>": END},
                         mergeable_ranks={text.encode(): i for i, text in enumerate(TEXTS)})
-OPENERS, OTHERS = [0, 4], [1, 2, 3, 5]
+OPENERS, OTHERS, MASK = [0, 4], [1, 2, 3, 5], elbo.opener_mask(ENC)
 LR = 0.3
 E = estep.EStepConfig(e_programs=4, e_rollouts=3, e_anchor=0.5, c=0.3, beta=0.4, p_think=0.3, broken_cost=0.7,
-                      floor=2.5, horizon=2, gamma=0.5, explore=0.2, max_rationale=5, max_comments=2)
+                      floor=5.0, horizon=2, gamma=0.5, explore=0.2, max_rationale=5, max_comments=2)
 
 
 def tiny(seed: int) -> GPT:
@@ -147,7 +147,7 @@ def e_step_by_hand(q: GPT, pi: GPT, drawn: list[Trace], cfg):
 
 
 def test_two_e_steps_are_what_the_formula_says():
-    q, pi, experts, drawn = tiny(0), tiny(1), programs(), []
+    q, pi, experts, drawn = tiny(5), tiny(6), programs(), []
     frozen, optimizer, sampled = copy.deepcopy(pi), torch.optim.SGD(q.parameters(), lr=LR), estep.rollout
 
     def rollout(model, enc, versions, seeds, openers, cfg, batch_size):
@@ -157,7 +157,7 @@ def test_two_e_steps_are_what_the_formula_says():
     for step in range(2):
         before, seeds = copy.deepcopy(q), [[step, i] for i in range(9)]
         with mock.patch.object(estep, "rollout", rollout):        # 7 // 3: passes of two programs and of one
-            stats = estep.e_update(q, pi, optimizer, ENC, elbo.opener_mask(ENC), experts, seeds, E, 7, 4)
+            stats = estep.e_update(q, pi, optimizer, ENC, MASK, experts, seeds, E, 7, 4)
         loss, wanted = e_step_by_hand(before, frozen, drawn[-1], E)
         check_step(before, q, loss, stats.pop("grad_norm"))
         assert stats == pytest.approx(wanted, rel=1e-4)
@@ -206,7 +206,7 @@ def test_action_nll_is_all_nats_over_all_tokens():
             if kind == ACTION:
                 nats, n = nats - in_two(logp[i - 1], t.tokens[i], t.gate[i])[1].item(), n + 1
     for size in (1, 2, 3, 99):
-        assert mstep.action_nll(model, heldout, elbo.opener_mask(ENC), size) == pytest.approx(nats / n, rel=1e-5)
+        assert mstep.action_nll(model, heldout, MASK, size) == pytest.approx(nats / n, rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- RLVR
@@ -282,7 +282,7 @@ def test_a_step_is_on_the_sum_of_the_losses_over_the_count():
     assert norm == pytest.approx(math.hypot(0.15, 0.25))
     torch.testing.assert_close(model.weight.detach(), start - torch.tensor([[0.15, 0.25]]).double())
     assert mstep.optimize(model, optimizer, [model(x).sum()], 1) == pytest.approx(5.0)              # clipped
-    torch.testing.assert_close(model.weight.detach(), start - torch.tensor([[0.75, 1.05]]).double())
+    torch.testing.assert_close(model.weight.detach(), start - torch.tensor([[0.75, 1.05]]).double(), atol=1e-6, rtol=0)
     before = copy.deepcopy(model)
     for bad in (math.inf, math.nan):
         with pytest.raises(ValueError, match="diverged"):
@@ -344,11 +344,8 @@ def all_updates(rank: int, ranks: int) -> dict:
         out[name] = stats, [p.detach().clone() for p in model.parameters()]
 
     def e(q, optimizer):
-        seeds = [[i, k] for i in range(3) for k in range(3)][3 * rank:][:99 if ranks == 1 else None]
-        mine = [i for i in range(3)][rank::ranks]
-        seeds = [[i, k] for i in mine for k in range(3)]
-        return estep.e_update(q, tiny(1), optimizer, ENC, elbo.opener_mask(ENC), [programs()[i] for i in mine],
-                              seeds, E, 3)
+        seeds = [[i, k] for i in range(3)[rank::ranks] for k in range(3)]
+        return estep.e_update(q, tiny(1), optimizer, ENC, MASK, programs()[rank::ranks], seeds, E, 3)
 
     def m(model, optimizer):
         return mstep.m_update(model, optimizer, traces(0)[rank::ranks], 1)
@@ -364,7 +361,7 @@ def all_updates(rank: int, ranks: int) -> dict:
         return dict(norm=mstep.optimize(model, optimizer, [], 0))
 
     def nll(model, optimizer):
-        return dict(nll=mstep.action_nll(model, traces(0)[rank::ranks], elbo.opener_mask(ENC), 2))
+        return dict(nll=mstep.action_nll(model, traces(0)[rank::ranks], MASK, 2))
     for work in (e, m, rl, nll):
         after(work.__name__, work)
     after("no_signal", no_signal, momentum=0.9)
@@ -388,3 +385,161 @@ def test_two_ranks_do_what_one_does(tmp_path):
             assert its_stats == pytest.approx(stats, rel=1e-4), name
             torch.testing.assert_close(its_weights, weights, rtol=0, atol=0 if name == "masters" else 1e-6)
         assert all(torch.equal(a, b) for a, b in zip(two[0][name][1], two[1][name][1])), name
+
+
+# ------------------------------------------------------------------------------------------------------ the loops
+
+SMALL = ("--e-steps 6 --e-programs 4 --e-rollouts 2 --rl-steps 6 --rl-problems 4 --rl-group 2 --m-programs 4 "
+         "--e-lr 0.1 --rl-lr 0.1 --m-lr 0.1").split()
+
+
+def new_run(folder, *flags: str) -> train.Run:
+    folder.mkdir(exist_ok=True)
+    return train.Run(train.parse_flags([*SMALL, *flags]), folder)
+
+
+def steps_of(loop, folder, *args, seed=0, stage="stage", rank=0, ranks=1) -> list[SimpleNamespace]:
+    """What a loop gives to its update, step by step: the items, each with its seeds, and the learning rate."""
+    run, model, seen = new_run(folder / f"{stage}{seed}{rank}{ranks}", "--seed", str(seed)), tiny(0), []
+    run.rank, run.ranks, start = rank, ranks, tiny(0)
+
+    def update(q, *args, **batches):
+        items, *seeds = [a for a in args if type(a) is list]
+        [optimizer] = [a for a in args if isinstance(a, torch.optim.Optimizer)]
+        assert q is model and all(same(pi, start) for pi in args if isinstance(pi, GPT))
+        before = copy.deepcopy(q)
+        for p in q.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert not same(q, before)
+        seeds = [tuple(seed) for seed in seeds[0]] if seeds else items
+        drawn = dict(zip(items, elbo.chunks(seeds, len(seeds) // len(items)), strict=True))
+        seen.append(SimpleNamespace(drawn=drawn, lr=optimizer.param_groups[0]["lr"]))
+        return dict(grad_norm=1.0)
+    data = SimpleNamespace(enc=ENC, openers=MASK, box=None, rl_problems=list(range(40)))
+    with (mock.patch.object(estep, "e_update", update), mock.patch.object(mstep, "m_update", update),
+          mock.patch.object(rlvr, "rl_update", update), mock.patch.object(mstep, "action_nll", lambda *a: 0.0),
+          mock.patch.object(train, "accuracy", lambda *a: {"pass@1": 0.0})):
+        loop(run, stage, model, data, *args)
+    return seen
+
+
+@pytest.mark.parametrize("loop, args", [(train.e_step, [list(range(40))]), (train.grpo, [])])
+def test_each_step_draws_items_and_seeds_anew_while_pi_stays(tmp_path, loop, args):
+    seen, other = (steps_of(loop, tmp_path, *args, seed=seed) for seed in (0, 1))
+    assert len(seen) == 6 and all(len(step.drawn) == 4 for step in seen)
+    assert len({frozenset(step.drawn) for step in seen + other}) == 12
+    seeds = [seed for step in seen + other for group in step.drawn.values() for seed in group]
+    assert len(set(seeds)) == len(seeds) == 12 * 4 * 2
+    shares = [steps_of(loop, tmp_path, *args, rank=rank, ranks=2) for rank in (0, 1)]
+    assert [a.drawn | b.drawn for a, b in zip(*shares)] == [step.drawn for step in seen]
+    assert all(len(step.drawn) == 2 for share in shares for step in share)
+    assert [step.lr for step in seen] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+
+
+def test_every_epoch_has_every_program_once_in_an_order_of_its_own(tmp_path):
+    def epochs(n: int = 12, **how) -> list[list[int]]:
+        order = [list(step.drawn) for step in steps_of(train.m_step, tmp_path, list(range(n)), [], 9, **how)]
+        assert all(len(batch) == 4 for batch in order)
+        return elbo.chunks([i for batch in order for i in batch], 12)
+    seen = epochs()
+    assert all(sorted(epoch) == list(range(12)) for epoch in seen) and len(set(map(tuple, seen))) == 3
+    assert epochs(stage="other") == seen and epochs(seed=1) != seen        # arms are compared on the same draws
+    assert all(len(set(epoch)) == 12 for epoch in epochs(14, stage="14"))  # the two left over wait for the next
+    lr = [step.lr for step in steps_of(train.m_step, tmp_path, list(range(12)), [], 9, stage="lr")]
+    assert lr == pytest.approx([0.1 * (i + 1) / 10 * (1 - 0.9 * i / 9) for i in range(9)])
+
+
+def test_infusion_is_qs_own_and_cuts_out_what_breaks_the_format(tmp_path):
+    run, drawn, sampled = new_run(tmp_path), [], estep.rollout
+
+    def rollout(model, enc, versions, seeds, openers, cfg, batch_size):
+        assert model is q and cfg == dataclasses.replace(E, explore=0.0)
+        drawn.append(([tuple(seed) for seed in seeds], sampled(model, enc, versions, seeds, openers, cfg)))
+        return drawn[-1][1]
+    q, data = tiny(0), SimpleNamespace(enc=ENC, openers=MASK, heldout=programs())
+    with (mock.patch.object(estep, "rollout", rollout),
+          mock.patch.object(run, "load", lambda name: {"q": q}[name])):
+        infused = [train.infuse(run, "q", data, programs() * 5, E, tag) for tag in ("", ".2")]
+    seeds = [seed for group, _ in drawn[:3] for seed in group]             # experts, held-out, the second experts
+    assert len(set(seeds)) == len(seeds) == 15 + 3 + 15
+    for (_, raw), clean in zip(drawn, [group for pair in infused for group in pair], strict=True):
+        for t, now in zip(raw, clean, strict=True):
+            rows = zip(t.tokens, t.kind, t.line, t.gate)
+            kept = [row for row in rows if row[1] == ACTION or row[2] not in t.broken]
+            assert list(zip(now.tokens, now.kind, now.line, now.gate)) == kept and not now.broken
+    assert any(t.broken for t in drawn[0][1]) and any(any(t.thinks()) for t in infused[0][0])
+    shown = (tmp_path / "infused.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens"] for line in shown] == [t.tokens for t in infused[0][1]]
+
+
+def test_accuracy_is_of_one_greedy_sample_or_of_several_at_temperature_1(tmp_path):
+    run, seen = new_run(tmp_path), []
+
+    def attempt(model, enc, asked, seeds, box, *, temperature, max_new_tokens, batch_size):
+        seen.append((asked, [tuple(seed) for seed in seeds], temperature))
+        return None, [p == "b" or (p == "a" and i % 5 < 2) for i, p in enumerate(asked)]     # a: 2 of 5; b: all
+    data = SimpleNamespace(enc=ENC, box=None, eval_problems=["a", "b", "c"])
+    with mock.patch.object(bench, "attempt", attempt):
+        assert train.accuracy(run, tiny(0), data, 2) == {"pass@1": 1.0}
+        several = train.accuracy(run, tiny(0), data, 9, 5)
+    assert several == pytest.approx({"pass@1": (2 / 5 + 1 + 0) / 3, "pass@5": 2 / 3})
+    assert [(asked, t) for asked, _, t in seen] == [(["a", "b"], 0.0), (["a"] * 5 + ["b"] * 5 + ["c"] * 5, 1.0)]
+    assert len(set(seen[1][1])) == 15
+
+
+class Story:
+    """A run that trains nothing: a model is the name of its stage."""
+    def __init__(self, *flags: str):
+        self.s, self.stages, self.tried = train.parse_flags([*flags, "--m-steps", "100"]), {}, {}
+
+    def stage(self, name, start, loop, *args):
+        self.stages[name] = (start, loop, *args)
+        return name
+
+    def once(self, key, work):
+        self.tried[key] = work()
+
+    def done(self, stage):
+        return False
+
+    def tokens(self, stage):
+        return dict(estep=500, infuse=40, ra3=360, ntp=300)[stage]
+
+
+def tell(*flags: str) -> tuple[Story, SimpleNamespace]:
+    """The paper's story, in two rounds after a warm-up."""
+    run = Story("--rounds", "2", "--warm-steps", "7", "--warm-data", "stdlib", "--model", "cold", *flags)
+    data = SimpleNamespace(experts=programs(), warm=["warm"], heldout=programs()[:1],
+                           read_experts=lambda n: {1: programs()[:2]}[n])
+
+    def infuse(run, q, data, experts, cfg, tag):
+        return [f"{cfg.rationales} by {q}: {len(experts)}"], ["held-out by " + q]
+    with (mock.patch.object(train, "infuse", infuse),
+          mock.patch.object(train, "evaluate", lambda run, name, data: name)):
+        train.experiment(run, data)
+    return run, data
+
+
+def test_the_story_is_the_papers():
+    run, data = tell()
+    plain, e, m, rl = [p.trace() for p in programs()], train.e_step, train.m_step, train.grpo
+    assert not any(LATENT in t.kind for t in plain)
+    assert run.stages == {
+        "warm": ("cold", m, data, ["warm"], plain[:1], 7),
+        "estep": ("warm", e, data, programs()), "estep.2": ("ra3", e, data, programs()[:2]),
+        "ra3": ("estep", m, data, ["learned by estep: 3"], ["held-out by estep"], 100),
+        "ra3.2": ("estep.2", m, data, ["learned by estep.2: 2"], ["held-out by estep.2"], 100),
+        "ntp": ("warm", m, data, plain, plain[:1], 100), "ntp.2": ("ntp", m, data, plain[:2], plain[:1], 100),
+        "ntp-long": ("warm", m, data, plain, plain[:1], 300),
+        "ntp-long.2": ("ntp-long", m, data, plain[:2], plain[:1], 300),
+        "rlvr-base": ("warm", rl, data), "rlvr-ra3": ("ra3.2", rl, data), "rlvr-ntp": ("ntp.2", rl, data)}
+    tried = dict(cold="cold", base="warm", ra3="ra3.2", ntp="ntp.2") | {"ntp-long": "ntp-long.2"}
+    tried |= {f"rlvr-{arm}": f"rlvr-{arm}" for arm in ("base", "ra3", "ntp")}
+    assert run.tried == {f"eval/{name}": model for name, model in tried.items()}
+
+
+def test_at_an_infinite_price_nothing_is_asked_of_q():
+    run, _ = tell("--c", "inf", "--arms", "ra3", "--rl-steps", "0")
+    assert list(run.stages) == ["warm", "ra3", "ra3.2"]
+    assert run.stages["ra3"][0] == "warm" and run.stages["ra3"][3] == ["never by warm: 3"]
