@@ -202,6 +202,11 @@ class Masters:
         for p, master in zip(self.mine, self.masters):
             master.grad = None if p.grad is None else p.grad.to(master)
         self.inner.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self):
+        """The weights, on all ranks, are the masters rounded."""
         for p, master in zip(self.mine, self.masters):
             p.copy_(master)
         for p in self.params if dist.is_initialized() else ():
@@ -215,6 +220,7 @@ class Masters:
         self.inner.load_state_dict(state["inner"])
         for master, saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
+        self.publish()
 
 
 # --------------------------------------------------------------------------------------------------- corpora

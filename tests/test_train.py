@@ -21,8 +21,8 @@ from model import load_pretrained
 from sandbox import Sandbox
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--experts 64 --eval-problems 4 --samples 2 --e-steps 4 --e-programs 4 --e-rollouts 4 --m-steps 4 --m-programs 16 --rl-steps 4 "
-         "--rl-problems 4 --rl-group 4 --rl-pool 16 --max-new-tokens 120 --save-every 2 --threads 1 --no-equal-compute").split() + ["--model", str(ROOT / "base")]
+SMALL = ("--experts 64 --eval-problems 4 --e-steps 4 --e-programs 4 --e-rollouts 4 --m-steps 4 --m-programs 16 --rl-steps 4 --rl-problems 4 "
+         "--rl-group 4 --max-new-tokens 120 --save-every 2 --arms ra3,ntp").split() + ["--model", str(ROOT / "base")]
 STAGES = ("estep", "ra3", "ntp", "rlvr-base", "rlvr-ntp", "rlvr-ra3")
 
 
@@ -57,29 +57,40 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_what_the_readme_promises(whole):
     folder, stdout = whole
-    last = json.loads(stdout.splitlines()[-1])
-    assert 0 <= last["ra3"]["greedy"] <= 1 and last["seeds"] == [0]
+    assert stdout.splitlines()[0].startswith("runs/one: 64 expert programs, 4 held-out problems")    # at once: where it writes
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["e_steps"] == 4 and config["torch"] == torch.__version__
-    text = (folder / "report.md").read_text()
-    for part in ("Figure 1", "Figure 2", "Figures 3 and 4", "Figure 5", "| RA3 + RLVR |"):
-        assert part in text
-    for figure in ("estep_reward", "estep_think", "estep_uplift", "mstep_nll", "mid_accuracy", "rlvr"):
-        assert (folder / f"{figure}.png").stat().st_size > 1000 and f"{figure}.png" in text
     for stage in STAGES:
-        model, enc = load_pretrained(folder / "seed0" / stage)            # with its tokenizer: it can be sampled from, here and elsewhere
+        model, enc = load_pretrained(folder / stage)                      # with its tokenizer: it can be sampled from, here and elsewhere
         assert model.n_vocab == enc.n_vocab
-    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("state.pt"))
+        assert (folder / stage / "model.safetensors").stat().st_mode & 0o077 == 0o077 & ~umask()     # others may read it
+    infused = [json.loads(line) for line in (folder / "infused.jsonl").read_text().splitlines()]
+    assert len(infused) == 4 and set(infused[0]) == {"tokens", "kind", "line", "gate", "broken"}
+    keys = {r["key"] for r in metrics(folder) if "key" in r}
+    assert keys == {"cost/infuse", *(f"cost/{s}" for s in STAGES), *(f"eval/{a}" for a in ("base", "ntp", "ra3", "rlvr-base", "rlvr-ntp", "rlvr-ra3"))}
+    assert not [f for f in folder.rglob("*") if f.name.startswith(".")] and not list(folder.rglob("state-*"))
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_the_report_shows_the_run(whole):
+    done = run(whole[0].parent.parent, str(whole[0]), script=ROOT / "docs/report.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0 <= json.loads(done.stdout.splitlines()[-1])["ra3"]["greedy"] <= 1 and "| RA3 + RLVR |" in (whole[0] / "report.md").read_text()
 
 
 def test_two_ranks_train_as_one_does(whole, tmp_path):
     done = run(tmp_path, *SMALL, "--name", "two", ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = whole[0] / "seed0", tmp_path / "runs/two/seed0"
+    one, two = whole[0], tmp_path / "runs/two"
     a, b = ([r for r in metrics(f) if "phase" in r] for f in (one, two))
     assert len(a) == len(b)
     for x, y in zip(a, b):
-        for k in set(x) - {"show", "phase"}:
+        for k in set(x) - {"phase"}:
             assert y[k] == pytest.approx(x[k], rel=2e-3, abs=2e-3), (x, y)
     start = load_file(ROOT / "base/model.safetensors")
     for stage in STAGES:
@@ -89,34 +100,119 @@ def test_two_ranks_train_as_one_does(whole, tmp_path):
         assert apart < 0.1 * moved, stage
 
 
+def same(a: Path, b: Path, stages=STAGES):
+    """Are two runs equal, bit for bit, but for the seconds that they took?"""
+    timeless = lambda folder: [{k: v for k, v in r.items() if k != "seconds"} for r in metrics(folder)]
+    assert timeless(a) == timeless(b)
+    for stage in stages:
+        assert (a / stage / "model.safetensors").read_bytes() == (b / stage / "model.safetensors").read_bytes(), stage
+
+
+def start_until(folder: Path, flags: list[str], phase: str, step: int) -> subprocess.Popen:
+    """A run that has just logged this step of this phase."""
+    process = subprocess.Popen(command(*flags), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = folder / "runs/cut/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and f'"phase": "{phase}", "step": {step}' in log.read_text()):
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be stopped"
+    return process
+
+
 def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
-    folder = tmp_path / "runs/cut"
-    flags = [*SMALL, "--name", "cut"]
+    folder, flags = tmp_path / "runs/cut", [*SMALL, "--name", "cut"]
     for victim in ("estep", "rlvr-base"):
-        process = subprocess.Popen(command(*flags), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
-        log = folder / "seed0/metrics.jsonl"
-        while process.poll() is None and not (log.exists() and any(
-                line.startswith(f'{{"phase": "{victim}", "step": 3') or line.startswith(f'{{"key": "cost/{victim}"') for line in log.read_text().splitlines())):
-            time.sleep(0.02)
-        assert process.poll() is None, f"the run ended before {victim} could be killed"
+        process = start_until(tmp_path, flags, victim, 3)
+        busy = run(tmp_path, "--name", "cut", "--resume")                     # a second writer is refused, and changes nothing
+        assert busy.returncode == 2 and "runs/cut is being written by another process" in busy.stderr.splitlines()[-1]
         process.send_signal(signal.SIGKILL)
         process.wait()
-        flags = ["--name", "cut", "--resume", "--threads", "1"]           # all else it knows; batches cut otherwise would only change rounding
+        flags = ["--name", "cut", "--resume"]                                 # all else it knows
     done = run(tmp_path, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    timeless = lambda rs: [{k: v for k, v in r.items() if k not in ("seconds", "compute")} for r in rs]
-    assert timeless(metrics(folder / "seed0")) == timeless(metrics(whole[0] / "seed0"))
-    for stage in STAGES:
-        assert (folder / "seed0" / stage / "model.safetensors").read_bytes() == (whole[0] / "seed0" / stage / "model.safetensors").read_bytes(), stage
+    same(folder, whole[0])
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, number):
+    process = start_until(tmp_path, [*SMALL, "--name", "cut"], "estep", 1)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == "train.py: stopped; go on with --resume --name cut"
+
+
+def damage(file: Path, how: str):
+    data = file.read_bytes()
+    file.write_bytes({"empty": b"", "truncated": data[:len(data) // 2], "zeros": data[:len(data) // 2] + bytes(len(data) - len(data) // 2),
+                      "overwritten": data[:9000] + b"Z" * 400 + data[9400:]}[how])
+
+
+@pytest.mark.parametrize("how", ("empty", "truncated", "zeros", "overwritten"))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_path, how):
+    """An E-step of 4 updates is stopped after the fourth: there are checkpoints after two, and (made here) after three."""
+    process = start_until(tmp_path, [*[f if f != "2" or SMALL[i - 1] != "--save-every" else "1" for i, f in enumerate(SMALL)], "--name", "cut"], "estep", 3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    states = sorted(f.name for f in (tmp_path / "runs/cut").glob("state-*"))
+    assert states == ["state-estep-2.0.pt", "state-estep-3.0.pt"]
+    damage(tmp_path / "runs/cut/state-estep-3.0.pt", how)
+    done = run(tmp_path, "--name", "cut", "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "state-estep-3.0.pt is damaged" in done.stderr and "Traceback" not in done.stderr
+    same(tmp_path / "runs/cut", whole[0])
+
+
+@pytest.mark.parametrize("how", ("truncated", "zeros"))
+def test_a_damaged_log_is_cut_back_to_what_is_whole(whole, tmp_path, how):
+    shutil.copytree(whole[0], tmp_path / "runs/cut")
+    damage(tmp_path / "runs/cut/metrics.jsonl", how)
+    done = run(tmp_path, "--name", "cut", "--resume")
+    assert done.returncode == 0 and "metrics.jsonl: line" in done.stderr, done.stderr[-2000:]
+    same(tmp_path / "runs/cut", whole[0])
+
+
+@pytest.mark.parametrize("text", ("", "{}", "[]", '{"settings": 3, "unfit": {}}'))
+def test_a_damaged_config_is_named(whole, tmp_path, monkeypatch, text):
+    shutil.copytree(whole[0], tmp_path / "runs/cut")
+    (tmp_path / "runs/cut/config.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="runs/cut/config.json is damaged"):
+        train.main(train.parse_flags(["--name", "cut", "--resume"]))
+
+
+def test_ranks_end_with_their_launcher(tmp_path):
+    """kill -9 of torchrun leaves no orphans that train on."""
+    process = subprocess.Popen(command(*SMALL, "--name", "cut", "--e-steps", "500", ranks=2), cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process.stdout.readline()                                                 # its first line: where it writes
+    alive = lambda: subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path.name}|train.py.*--e-steps 500"], capture_output=True, text=True).stdout.split()
+    assert len(alive()) >= 2
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not alive():
+            break
+        time.sleep(0.1)
+    assert not alive()
 
 
 def test_an_infinite_penalty_is_next_token_prediction_exactly(tmp_path):
-    done = run(tmp_path, *SMALL, "--name", "inf", "--c", "inf", "--rl-steps", "0", "--equal-compute")
+    done = run(tmp_path, *SMALL, "--name", "inf", "--c", "inf", "--rl-steps", "0", "--arms", "ra3,ntp,ntp-long")
     assert done.returncode == 0, done.stderr[-2000:]
-    ra3, ntp = ((tmp_path / "runs/inf/seed0" / arm / "model.safetensors").read_bytes() for arm in ("ra3", "ntp"))
+    ra3, ntp = ((tmp_path / "runs/inf" / arm / "model.safetensors").read_bytes() for arm in ("ra3", "ntp"))
     assert ra3 == ntp
-    assert "| NTP, RA3's compute |" in (tmp_path / "runs/inf/report.md").read_text()
+    text = (tmp_path / "runs/inf/config.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["settings"]["c"] == "inf"                # JSON has no Infinity
+    assert train.parse_flags(["--c", "inf"]).e.c == float("inf")
+
+
+def test_equal_compute_depends_on_no_batch_size(whole, tmp_path):
+    """Real tokens are counted, padding is not: batches cut otherwise change no number."""
+    done = run(tmp_path, *SMALL, "--name", "b", "--rl-steps", "0", "--micro-batch", "5", "--sample-batch", "7")
+    assert done.returncode == 0, done.stderr[-2000:]
+    count = lambda folder: {r["key"]: r["tokens"] for r in metrics(folder) if r.get("key", "").startswith("cost/") and "rlvr" not in r["key"]}
+    assert count(tmp_path / "runs/b") == count(whole[0]) and min(count(whole[0]).values()) > 0
 
 
 def refused(folder: Path, monkeypatch, *flags: str) -> str:
@@ -132,12 +228,12 @@ def refused(folder: Path, monkeypatch, *flags: str) -> str:
 @pytest.mark.parametrize("flags, said", [
     (["--e-rollouts", "1"], "--e-rollouts 1: a baseline needs at least 2"),
     (["--experts", "0"], "--experts 0: must be at least 1"),
-    (["--experts", "10"], "--experts 10"),
-    (["--m-lr", "-1"], "--m-lr -1.0: a learning rate"),
+    (["--experts", "10"], "--experts 10: one update takes more"),
+    (["--m-lr", "-1"], "--m-lr -1.0: expected a rate between 0 and 1"),
     (["--c", "nan"], "--c nan"),
-    (["--rationales", "sometimes"], "expected one of learned, always, first, never"),
-    (["--ablations", "c=0.3"], "expected all, or some of c=0"),
-    (["--warm-steps", "3"], "--warm-data and --warm-steps go together"),
+    (["--name", "../evil"], "--name ../evil: expected letters"),
+    (["--arms", "ra4"], "--arms ra4: expected some of ra3,ntp,ntp-long"),
+    (["--warm-steps", "3"], "--warm-steps 3: goes together with --warm-data"),
     (["--resume"], "say which run, with --name"),
     (["--resume", "--name", "nothing"], "holds no run to resume"),
     (["--model", "/no/such/folder"], "/no/such/folder"),
@@ -177,7 +273,8 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path, monkeypatch):
 
 
 def test_the_command_prints_the_sentence_and_ends_with_status_2(tmp_path):
-    for flags, said in ((["--learning-speed", "3"], "unrecognized arguments: --learning-speed"), (["--gamma", "2"], "--gamma 2.0: a discount")):
+    for flags, said in ((["--learning-speed", "3"], "unrecognized arguments: --learning-speed"), (["--gamma", "2"], "--gamma 2.0: a discount"),
+                        (["--rationales", "sometimes"], "invalid choice: 'sometimes' (choose from")):
         done = run(tmp_path, *flags)
         assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
         assert not list(tmp_path.rglob("*"))
@@ -196,23 +293,27 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path):
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_problems_are_held_to_the_time_limit_and_to_the_context(tmp_path):
+def load_data(flags: list[str], box: Sandbox, unfit=None) -> train.Data:
+    return train.Data(train.parse_flags(flags), *load_pretrained(ROOT / "base"), box, unfit)
+
+
+def test_problems_are_held_to_the_time_limit_and_to_the_context(tmp_path, monkeypatch):
     """An RL problem whose reference is too slow, or whose prompt leaves no room, is left out by name; a held-out one of that kind is an error."""
     row = dict(text="Three.", test_list=["assert three() == 3"], test_setup_code="", challenge_test_list=[])
     rows = [row | dict(task_id=i, code=f"def three():\n    return {what}\n", text=text) for i, what, text in
             ((1, "3", "Three."), (2, "sum(1 for _ in range(10**9)) and 3", "Three."), (3, "3", "Three! " * 99), (4, "1 + 2", "Three."))]
     write_mbpp(tmp_path, train=rows, test=rows[:1], validation=rows[2:3])
-    base, enc = load_pretrained(ROOT / "base")
-    flags = ["--data-dir", str(tmp_path), "--rl-data", "mbpp-docstring:train", "--rl-problems", "2", "--rl-pool", "4", "--time-limit", "0.5", "--experts", "64"]
+    monkeypatch.setattr(train, "TIME_LIMIT_S", 0.5)
+    flags = ["--data-dir", str(tmp_path), "--rl-data", "mbpp-docstring:train", "--rl-problems", "2", "--experts", "64", "--benchmark"]
     with Sandbox(workers=2) as box:
-        data = train.load_data(train.parse_flags([*flags, "--benchmark", "mbpp-docstring:test"]), base, enc, box)
+        data = load_data([*flags, "mbpp-docstring:test"], box)
         assert [p.id for p in data.rl_problems] == ["mbpp/1", "mbpp/4"] and {p.timeout_s for p in data.rl_problems + data.eval_problems} == {0.5}
         assert data.unfit.keys() == {"mbpp/2", "mbpp/3"} and "timeout" in data.unfit["mbpp/2"] and "more than 288 tokens" in data.unfit["mbpp/3"]
-        data = train.load_data(train.parse_flags([*flags, "--benchmark", "mbpp-docstring:test"]), base, enc, box, {"mbpp/1": "an earlier start said so"})
+        data = load_data([*flags, "mbpp-docstring:test"], box, {"mbpp/1": "an earlier start said so"})
         assert [p.id for p in data.rl_problems] == ["mbpp/2", "mbpp/3", "mbpp/4"]               # a resumed run goes on with the problems it had
-        assert not train.load_data(train.parse_flags(["--rl-data", "no/such", "--rl-steps", "0"]), base, enc, box).rl_problems
-        with pytest.raises(ValueError, match="mbpp/3 has .* tokens, which .* exceeds the context of 512: raise --context, or lower"):
-            train.load_data(train.parse_flags([*flags, "--benchmark", "mbpp-docstring:validation"]), base, enc, box)
+        assert not load_data(["--rl-data", "no/such", "--rl-steps", "0"], box).rl_problems
+        with pytest.raises(ValueError, match="the prompt of mbpp/3 leaves less than 224 of the context's 512 tokens; raise --context, or lower"):
+            load_data([*flags, "mbpp-docstring:validation"], box)
 
 
 def test_ranks_agree_on_the_rl_problems_where_their_verdicts_would_not(tmp_path):
@@ -230,7 +331,7 @@ dist.init_process_group("gloo")
 bench.unfit_for_rl = lambda problems, box: {{problems[dist.get_rank()].id: "too slow here"}}
 s = train.parse_flags("--data-dir . --benchmark mbpp-docstring:test --rl-data mbpp-docstring:train --rl-problems 2 --experts 64".split())
 with Sandbox(workers=1) as box:
-    data = train.load_data(s, *load_pretrained({str(ROOT / "base")!r}), box)
+    data = train.Data(s, *load_pretrained({str(ROOT / "base")!r}), box)
 open(f"rank{{dist.get_rank()}}", "w").write(f"{{sorted(data.unfit)}} {{[p.id for p in data.rl_problems]}}")
 """)
     done = run(tmp_path, ranks=2, script=tmp_path / "two.py")
@@ -241,35 +342,32 @@ open(f"rank{{dist.get_rank()}}", "w").write(f"{{sorted(data.unfit)}} {{[p.id for
 def test_experts_begin_where_the_warm_up_has_ended_and_rounds_say_when_nothing_is_left(tmp_path):
     texts = [f"x = {i}\n# twice {i}\ny = x + {i}\n" for i in range(40)]
     (tmp_path / "some.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    base, enc = load_pretrained(ROOT / "base")
     corpus = str(tmp_path / "some.jsonl")
     flags = ["--data", corpus, "--warm-data", corpus, "--warm-steps", "3", "--m-programs", "4", "--e-programs", "4", "--experts", "16", "--rl-steps", "0"]
-    s = train.parse_flags(flags)
-    with Sandbox(workers=1) as box:
-        data = train.load_data(s, base, enc, box)
-    warm, expert = (enc.decode(t.tokens) for t in (data.warm[0], data.experts[0].trace()))
-    assert len(data.warm) == 12 and "# twice 0\n" in warm and expert.endswith("x = 12\ny = x + 12\n<|endoftext|>")
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "".join(f"y = x + {i}\n" for i in range(500))}) + "\n")
-    pieces, _ = mstep.read_experts(train.parse_flags([*flags[4:], "--data", str(tmp_path / "long.jsonl")]), base, enc)
-    assert 300 < max(map(len, pieces)) <= 2 * base.limit // 3              # the rest is for rationales
-    with pytest.raises(ValueError, match="some.jsonl, round 3: 0 programs are there, 4 are needed; give more, or lower --rounds"):
-        mstep.read_experts(s, base, enc, 2, (40, 0))
-
-
-def test_the_standard_library_has_a_column_of_its_own():
-    """The recipes name another, that of the corpus they would warm up on."""
-    s = train.parse_flags("--preset smollm2-135m --model base --warm-data stdlib --warm-steps 1 --m-programs 2".split())
-    warm, rows = mstep.read_commented(s, *load_pretrained(ROOT / "base"))
-    assert s.warm_column == "content" and len(warm) == 2 and rows > 0 and all(any(t.thinks()) for t in warm)
+    with Sandbox(workers=1) as box:
+        data = load_data(flags, box)
+        warm, expert = (data.enc.decode(t.tokens) for t in (data.warm[0], data.experts[0].trace()))
+        assert len(data.warm) == 12 and "# twice 0\n" in warm and expert.endswith("x = 12\ny = x + 12\n<|endoftext|>")
+        pieces = load_data([*flags[6:], "--data", str(tmp_path / "long.jsonl")], box).experts
+        assert 300 < max(map(len, pieces)) <= 2 * data.limit // 3          # the rest is for rationales
+        second = data.read_experts(1)
+        assert len(second) == 12 and data.enc.decode(second[0].trace().tokens).endswith("x = 28\ny = x + 28\n<|endoftext|>")
+        with pytest.raises(ValueError, match="some.jsonl, round 3: 0 of 0 programs fit .*, 4 are needed; lower .*--rounds"):
+            data.read_experts(2)
+        # The standard library has a column of its own: recipes name another.
+        data = load_data("--recipe smollm2-135m --model base --warm-data stdlib --warm-steps 1 --m-programs 2 --e-programs 2 --rl-steps 0 --benchmark world "
+                         "--data world --experts 8 --eval-problems 2 --max-new-tokens 99".split(), box)
+        assert len(data.warm) == 2 and all(any(t.thinks()) for t in data.warm)
 
 
 def test_a_diverged_step_is_not_taken(tmp_path):
     """One infinite gradient would make every weight nan, and sampling from those raises nothing."""
     model, _ = load_pretrained(ROOT / "base")
-    run, before = train.Run(train.Settings(), tmp_path, 0), [p.detach().clone() for p in model.parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     with pytest.raises(ValueError, match="norm is (nan|inf): training has diverged"):
-        run.update(model, optimizer, [model(torch.zeros(1, 2, dtype=torch.int64)).sum() * float("inf")], 1)
+        mstep.optimize(model, optimizer, [model(torch.zeros(1, 2, dtype=torch.int64)).sum() * float("inf")], 1)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
 
 
@@ -282,30 +380,8 @@ def test_an_existing_run_is_not_overwritten(whole, monkeypatch):
 def test_a_run_goes_on_with_its_own_settings_but_for_those_that_its_result_does_not_depend_on(whole, monkeypatch):
     monkeypatch.chdir(whole[0].parent.parent)
     s = train.parse_flags(["--resume", "--name", "one", "--micro-batch", "3"])
-    assert (s.e_steps, s.micro_batch, s.rl_steps) == (4, 3, int(SMALL[SMALL.index("--rl-steps") + 1]))
+    assert (s.e.e_steps, s.run.micro_batch, s.rl.rl_steps) == (4, 3, int(SMALL[SMALL.index("--rl-steps") + 1]))
     assert train.start_folder(s, {}) == Path("runs/one")
-
-
-def test_a_loop_is_one_step_where_rationales_per_step_are_counted():
-    enc = bench.train_tokenizer()
-    program = elbo.parse(enc, "def f(xs):\n   ", " xs = [x + 3 for x in xs]\n    out = []\n    for x in xs:\n        if x > 4:\n            out.append(x)\n"
-                         "    xs = out\n    xs = sorted(xs)\n    return xs\n", enc.eot_token)
-    trace = elbo.Trace()
-    for t, line in enumerate(program.lines):
-        trace.add([1] if t in (0, 3) else [], elbo.LATENT, t)             # before the constant of the first step, and of the loop
-        trace.add(line, elbo.ACTION, t)
-    data = train.Data(enc, *[None] * 8)
-    table = train.think_table(data, [trace])
-    assert (table["think"], table["think_needed"], table["think_other"]) == (2 / 8, 1.0, 0.0)
-
-
-def test_the_paired_t_test_agrees_with_known_values():
-    """Student's t with 4 degrees of freedom: P(T > 2.132) = 0.05, P(T > 3.747) = 0.01."""
-    for t, p in ((2.1318, 0.05), (3.7469, 0.01)):
-        d = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).double()          # deviation such that mean / se = t
-        d = d + t * d.std() / 5 ** 0.5
-        assert train.paired_p(d.tolist(), [0.0] * 5) == pytest.approx(p, rel=1e-3)
-    assert train.paired_p([0.0, 1.0], [1.0, 3.0]) > 0.5
 
 
 def test_a_cold_start_in_rounds_survives_a_kill(tmp_path):
@@ -314,45 +390,33 @@ def test_a_cold_start_in_rounds_survives_a_kill(tmp_path):
     web = [p.prompt + " " + p.solution.lstrip() for p in bench.world("web", 60, seed=9)]
     (tmp_path / "web.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in web))
     flags = ["--model", str(ROOT / "base"), "--data", "corpus.jsonl", "--rounds", "2", "--experts", "20", "--m-programs", "20", "--m-steps", "2", "--e-steps", "1",
-             "--e-programs", "2", "--e-rollouts", "2", "--rl-steps", "0", "--eval-problems", "2", "--samples", "1", "--no-equal-compute", "--threads", "1",
-             "--warm-data", "web.jsonl", "--warm-steps", "1", "--explore", "0.5", "--max-new-tokens", "60"]
+             "--e-programs", "2", "--e-rollouts", "2", "--rl-steps", "0", "--eval-problems", "2", "--arms", "ra3,ntp", "--warm-data", "web.jsonl",
+             "--warm-steps", "1", "--explore", "0.5", "--max-new-tokens", "60"]
     done = run(tmp_path, *flags, "--name", "whole")
     assert done.returncode == 0, done.stderr[-2000:]
     whole = tmp_path / "runs/whole"
-    log = metrics(whole / "seed0")
-    assert [r["position"] for r in log if r.get("key", "").startswith("corpus.")] == [[19, 1]]
-    assert {r["phase"] for r in log if "phase" in r} == {"warm", *(p + tag for p in ("estep", "ra3", "ntp") for tag in ("", ".2"))}
-    assert {r["key"] for r in log if r.get("key", "").startswith("gain/") and r["lines"]} == {"gain/start", "gain/estep", "gain/start.2", "gain/estep.2"}
-    x, y = train.Results([whole / "seed0"]).curve("ra3", "nll")
-    assert x.tolist() == [0, 2, 2, 4] and y.shape == (1, 4)
-    results = train.Results([whole / "seed0"])
-    assert results.curve("estep", "reward")[0].tolist() == [0, 1]
-    last = next(r for r in log if r.get("key") == "rationales.2")
-    assert results.value("rationales", "think") == [last["think"]]
-    report = (whole / "report.md").read_text()
-    assert "base, before its warm-up" in report and "q after the E-step" in report
+    stages = {"warm", *(p + tag for p in ("estep", "ra3", "ntp") for tag in ("", ".2"))}
+    assert {r["phase"] for r in metrics(whole) if "phase" in r} == stages and (whole / "infused.2.jsonl").exists()
+    assert {r["key"] for r in metrics(whole) if r.get("key", "").startswith("eval/")} == {"eval/cold", "eval/base", "eval/ra3", "eval/ntp"}
     # As if it had been killed in the second round: what came after is gone.
     cut = tmp_path / "runs/cut"
     shutil.copytree(whole, cut)
-    text = (whole / "seed0/metrics.jsonl").read_bytes()
-    (cut / "seed0/progress.json").write_text(json.dumps({"log_bytes": text.index(b"\n", text.index(b'"cost/estep.2"')) + 1}))
-    done = run(tmp_path, *flags, "--name", "cut", "--resume")
+    text = (whole / "metrics.jsonl").read_bytes()
+    (cut / "metrics.jsonl").write_bytes(text[:text.index(b"\n", text.index(b'"cost/estep.2"')) + 1])
+    done = run(tmp_path, "--name", "cut", "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
-    for stage in ("ra3.2", "ntp.2"):
-        assert (cut / "seed0" / stage / "model.safetensors").read_bytes() == (whole / "seed0" / stage / "model.safetensors").read_bytes()
+    same(cut, whole, stages)
 
 
-def test_ablations_run_by_name_and_report_side_by_side(tmp_path):
-    web = [p.prompt + " " + p.solution.lstrip() for p in bench.world("web", 60, seed=9)]
-    (tmp_path / "web.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in web))
-    flags = [*SMALL, "--name", "some", "--ablations", "no persistence,BRiTE,no RL", "--e-steps", "1", "--m-steps", "1", "--experts", "16",
-             "--warm-data", "web.jsonl", "--warm-steps", "1", "--rl-data", "no/such/data", "--row-tokens", "4096"]     # no RLVR here; the context is 512
-    done = run(tmp_path, *flags)
-    assert done.returncode == 0, done.stderr[-2000:]
-    # Without E-step updates q is what mid-training started from: the one warm-up of all variants.
-    assert (tmp_path / "runs/some/no_RL/seed0/estep/model.safetensors").read_bytes() == (tmp_path / "runs/some/seed0/warm/model.safetensors").read_bytes()
-    assert [r["phase"] for r in metrics(tmp_path / "runs/some/seed0") if "phase" in r] == ["warm", "warm"]
-    think = {name: train.Results([tmp_path / "runs/some" / train.slug(name) / "seed0"]).value("rationales", "think")[0] for name in ("no persistence", "BRiTE")}
-    assert think["no persistence"] > 0.5 > think["BRiTE"] > 0           # rationales that break the format are cut out, hence not 1
-    table = (tmp_path / "runs/some/report.md").read_text()
-    assert "| no persistence |" in table and "| BRiTE |" in table and "| c=" not in table and "ablation_c.png" not in table
+def test_a_program_that_thinks_before_every_line_and_one_that_thinks_once(tmp_path):
+    """Ablations are runs with one flag each."""
+    think = {}
+    for mode in ("always", "first"):
+        done = run(tmp_path, *SMALL, "--name", mode, "--rationales", mode, "--arms", "ra3", "--rl-steps", "0", "--e-steps", "1", "--m-steps", "1",
+                   "--rl-data", "no/such/data", "--experts", "16")
+        assert done.returncode == 0, done.stderr[-2000:]
+        infused = [elbo.Trace(**json.loads(line)) for line in (tmp_path / "runs" / mode / "infused.jsonl").read_text().splitlines()]
+        thinks = [z for t in infused for z in t.thinks()]
+        think[mode] = sum(thinks) / len(thinks)
+        assert not {r["phase"] for r in metrics(tmp_path / "runs" / mode) if "phase" in r} - {"estep", "ra3"}
+    assert think["always"] > 0.5 > think["first"] > 0                       # rationales that break the format are cut out, hence not 1
