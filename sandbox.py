@@ -61,12 +61,11 @@ import traceback
 import types
 import warnings
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection, Pipe
 from typing import NamedTuple
 
 MAX_MESSAGE = 16 << 20        # bytes of one value, or of one program's output; more is a "flood"
-AHEAD = 16                    # jobs for each worker that are read before the first of them has its verdict
 MAX_ITEMS = 1 << 20           # of an iterator that a program returns: it may have no end
 START_S = 60.0                # seconds that a worker may take to start, or to compile the tests of a job
 TESTER_MB = 4096              # address space of the tests
@@ -187,7 +186,10 @@ class Sandbox(contextlib.AbstractContextManager):
             for index, job in enumerate(jobs):
                 _check_fields(index, job)
                 futures.append(self._threads.submit(self._judge, index, job))
-                while futures and (futures[0].done() or len(futures) >= AHEAD * len(self._workers)):
+                # One more than there are workers, so that none is idle. The first may take longer than many.
+                while sum(not future.done() for future in futures) > len(self._workers):
+                    wait([future for future in futures if not future.done()], return_when=FIRST_COMPLETED)
+                while futures and futures[0].done():
                     yield futures.popleft().result()
             while futures:
                 yield futures.popleft().result()

@@ -58,6 +58,14 @@ def test_order_is_kept_and_jobs_are_read_lazily(sandbox):
     assert [verdict.tests for verdict in verdicts] == list(range(2, 41)) and len(read) == 40
 
 
+def test_a_slow_first_job_keeps_no_worker_idle(sandbox):
+    started, read = time.monotonic(), []
+    slow = SLEEPER._replace(source=SLEEPER.source.replace("0.9", "3"))
+    jobs = (read.append(time.monotonic()) or (slow if number == 0 else ADD) for number in range(100))
+    assert all(verdict.passed for verdict in sandbox.run(jobs))
+    assert sum(when - started < 3 for when in read) > 50       # of 100, while the first one sleeps
+
+
 def test_a_check_runs_its_prompt_on_both_sides(sandbox):
     prompt = "import math\n\ndef helper(x):\n    return x + 1\n\ndef f(x):\n    '''Adds.'''\n"
     test = "def check(candidate):\n    assert candidate(1) == helper(1)\n    assert math.isclose(candidate(1), 2.0)\n"
