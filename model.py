@@ -401,7 +401,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     stop_ids = {model.config.eos_id} if stop_ids is None else set(stop_ids)
     for i, p in enumerate(prompts):
         if not 0 < len(p) < model.limit:
-            raise ValueError(f"prompt {i} has {len(p)} tokens; 1 to {model.limit - 1} fit the context")
+            raise ValueError(f"prompt {i} has {len(p)} tokens; between 1 and {model.limit - 1} fit")
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(prompts)} prompts, but {len(seeds)} seeds: each needs its own")
     out = [Sample() for _ in prompts]
@@ -451,10 +451,10 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
 
 
 def prefill(model: GPT, cache: KVCache, slots: list[int], prompts: list[list[int]]) -> list[int]:
-    """Run prompts into slots of a cache, all tokens but the last, which are returned: the decoding loop feeds them.
+    """Run prompts into slots of a cache, all tokens but the last, which are returned: decoding feeds them.
 
     What prompts share is run once: the samples of a group are one prompt, few-shot prompts begin with the same
-    examples (MBPP's 633 of 736 tokens: two to three times as fast at 64 new tokens, SmolLM2-135M on a CPU).
+    examples (633 of 736 tokens of MBPP's: two to three times as fast, 64 new tokens, SmolLM2-135M on a CPU).
     """
     unique = {body: n for n, body in enumerate(dict.fromkeys(tuple(p[:-1]) for p in prompts))}
     prefix = os.path.commonprefix(list(unique))
@@ -463,7 +463,7 @@ def prefill(model: GPT, cache: KVCache, slots: list[int], prompts: list[list[int
     def extend(cache: KVCache, parts: list):
         if any(parts):
             text = pad(parts, 0, model.device)                                             # (B, T)
-            model(text, cache=cache, at=torch.zeros_like(text, dtype=torch.bool))          # a cache needs no logits
+            model(text, cache=cache, at=torch.zeros_like(text, dtype=torch.bool))          # without logits
         cache.length += torch.tensor([len(part) for part in parts], device=model.device)
     extend(fresh, [prefix])
     fresh = fresh.select(torch.zeros(len(unique), dtype=torch.int64, device=model.device))
