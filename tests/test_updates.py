@@ -1,5 +1,5 @@
-"""Each update of training recomputed by hand, from the paper's formulas, a program and a token at a time, with a
-step of SGD. Then the loops: what must stay frozen from step to step, what must be drawn anew."""
+"""Each update of training recomputed by hand, from the paper's formulas, a token at a time, and with SGD.
+Then the loops: what must stay frozen from step to step, what must be drawn anew."""
 import copy
 import dataclasses
 import json
@@ -76,11 +76,11 @@ def check_step(before: GPT, after: GPT, loss, norm: float):
         torch.testing.assert_close(new - p, -LR * g / max(length, 1.0), rtol=1e-3, atol=1e-5 * LR)
 
 
-# --------------------------------------------------------------------------------------------------- the E-step
+# ------------------------------------------------------------------------------------------------- the E-step
 
 
 def version_by_hand(q: GPT, pi: GPT, t: Trace) -> SimpleNamespace:
-    """Of one infused program, by line: log q of its latents, rewards, returns; and its part of the trust region."""
+    """Of one infused program, by line: log q of its latents, reward, return; and its part of the anchor."""
     n = t.line[-1] + 1
     v = SimpleNamespace(log_q=[0.0] * n, log_pi=[0.0] * n, think=[False] * n, gate_kl=[0.0] * n, anchor=0.0)
     ours, theirs = predictions(q, t.tokens), predictions(pi, t.tokens)
@@ -120,7 +120,7 @@ def e_step_by_hand(versions: list[SimpleNamespace]):
 
 
 def test_two_e_steps_are_what_the_formula_says():
-    q, pi, drawn, sampled = tiny(5), tiny(6), [], estep.rollout
+    q, pi, drawn, gates, sampled = tiny(5), tiny(6), [], set(), estep.rollout
     optimizer = torch.optim.SGD(q.parameters(), lr=LR)
 
     def rollout(model, enc, versions, *how):
@@ -139,32 +139,42 @@ def test_two_e_steps_are_what_the_formula_says():
         assert stats["think"] == pytest.approx(thinks / lines)
         assert stats["broken"] == pytest.approx(sum(len(t.broken) for t in drawn[-1]) / thinks)
         assert stats["length"] == pytest.approx(sum(t.kind.count(LATENT) for t in drawn[-1]) / thinks)
-        # The draws show what is to be told apart: the floor, gates that are forced, gates after a line's first.
         assert {lp < -E.floor for v in versions for lp in v.log_pi} == {True, False}
-        gates = {(t.kind[i], t.gate[i], t.line[i - 1] == t.line[i]) for t in drawn[-1] for i in range(len(t.kind))}
-        assert gates > {(LATENT, FORCED, False), (ACTION, FORCED, True), (ACTION, FREE, True)}
-        assert all(any(token in t.tokens for t in drawn[-1]) for token in OPENERS)
+        for t in drawn[-1]:
+            later = [line == before for line, before in zip(t.line, [None, *t.line])]
+            gates |= set(zip(t.kind, t.gate, later))
+    # There was to be told apart: forced gates, a line's first gate and others, both openers, new draws.
+    assert gates > {(LATENT, FORCED, False), (LATENT, FREE, False), (LATENT, FREE, True), (ACTION, FORCED, True),
+                    (ACTION, FREE, False), (ACTION, FREE, True)}
+    assert all(any(token in t.tokens for t in drawn[0]) for token in OPENERS)
     assert drawn[0] != drawn[1] and same(pi, tiny(6))
 
 
-# --------------------------------------------------------------------------------------------- M-step and packing
+# ----------------------------------------------------------------------------------------- M-step and packing
 
 
 def test_two_m_steps_are_what_the_formula_says():
+    """And the held-out measure: all nats over all tokens, whatever the batches."""
     model = tiny(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for seed in range(2):
-        before, batch, nats, n = copy.deepcopy(model), infused(seed), 0.0, 0
+        before, batch, nats, n, action_nats, actions = copy.deepcopy(model), infused(seed), 0.0, 0, 0.0, 0
         stats = mstep.m_update(model, optimizer, batch, micro_batch=1)
         for t in batch:
             logp = predictions(before, t.tokens)
             for i, kind in enumerate(t.kind):
                 if kind in (LATENT, ACTION):
                     nats, n = nats - logp[i - 1, t.tokens[i]], n + 1
+                if kind == ACTION:
+                    action_nats -= in_two(logp[i - 1], t.tokens[i], t.gate[i])[1].item()
+                    actions += 1
         check_step(before, model, nats / n, stats["grad_norm"])
         assert stats["loss"] == pytest.approx((nats / n).item(), rel=1e-5)
         assert stats["tokens"] == 3 * sum(len(t.tokens) for t in batch)
-        assert len(mstep.pack(batch, max(len(t.tokens) for t in batch))) > 1        # passes
+        assert len(mstep.pack(batch, max(len(t.tokens) for t in batch))) > 1           # passes
+        for size in (1, 4, 99):
+            nll = mstep.action_nll(before, batch, MASK, size)
+            assert nll == pytest.approx(action_nats / actions, rel=1e-5)
 
 
 def test_the_longest_go_first_and_what_just_fits_fits():
@@ -172,30 +182,19 @@ def test_the_longest_go_first_and_what_just_fits_fits():
     assert mstep.pack(of_length, 10) == [[5], [1, 0], [3, 2, 4]]
 
 
-def test_action_nll_is_all_nats_over_all_tokens():
-    model, nats, n = tiny(3), 0.0, 0
-    for t in infused(0):
-        logp = predictions(model, t.tokens)
-        for i, kind in enumerate(t.kind):
-            if kind == ACTION:
-                nats, n = nats - in_two(logp[i - 1], t.tokens[i], t.gate[i])[1].item(), n + 1
-    for size in (1, 4, 99):
-        assert mstep.action_nll(model, infused(0), MASK, size) == pytest.approx(nats / n, rel=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------------- RLVR
+# ------------------------------------------------------------------------------------------------------- RLVR
 
 PASSED = [1, 0, 0] + [0, 0, 0] + [1, 1, 0] + [1, 1, 1]                     # the second and the last are dead
 
 
 def samples(model: GPT) -> list[Sample]:
-    """K of each problem, as if drawn from a policy that differs from the model, token by token, by a factor."""
+    """K of each problem, drawn from a policy that differs from the model, token by token, by a factor."""
     g, out = torch.Generator().manual_seed(0), []
     for i in range(len(PASSED)):
         prompt = ENC.encode(PROBLEMS[i // K].prompt)
         tokens = torch.randint(0, 6, (2 + i % 4,), generator=g).tolist()
         logp = predictions(model, prompt + tokens)[len(prompt) - 1:].detach()
-        factors = [(0.7, 1.0, 1.25, 1.4)[(i + j) % 4] for j in range(len(tokens))]      # of 1.25: inside of 1.28
+        factors = [(0.7, 1.0, 1.25, 1.4)[(i + j) % 4] for j in range(len(tokens))]     # 1.25: inside of 1.28
         old = [float(lp[token]) - math.log(f) for lp, token, f in zip(logp, tokens, factors)]
         out.append(Sample(tokens, old, stopped=i % 5 > 0))
     return out
@@ -211,7 +210,8 @@ def attempts(wanted: list[Sample], passed: list[int]):
 
 def test_an_rl_step_is_what_the_formula_says():
     model, seeds = tiny(0), range(len(PASSED))
-    before, drawn, optimizer = copy.deepcopy(model), samples(model), torch.optim.SGD(model.parameters(), lr=LR)
+    before, drawn = copy.deepcopy(model), samples(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     with attempts(drawn, PASSED):
         stats = rlvr.rl_update(model, optimizer, ENC, PROBLEMS, seeds, None, RL, micro_batch=4)
     loss, live, trained = 0.0, 0, 0
@@ -220,7 +220,8 @@ def test_an_rl_step_is_what_the_formula_says():
         if sum(group) in (0, K):
             continue
         advantage = PASSED[i] - sum(group) / K
-        for lp, token, old in zip(predictions(before, prompt + s.tokens)[len(prompt) - 1:], s.tokens, s.logprobs):
+        logp = predictions(before, prompt + s.tokens)[len(prompt) - 1:]
+        for lp, token, old in zip(logp, s.tokens, s.logprobs):
             ratio = (lp[token] - old).exp()
             loss -= torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
         live, trained = live + len(s.tokens), trained + len(prompt + s.tokens)
@@ -235,7 +236,7 @@ def test_an_rl_step_is_what_the_formula_says():
     assert (stats["signal"], stats["grad_norm"]) == (0.0, 0.0) and same(model, moved)
 
 
-# ------------------------------------------------------------------------------------- the step, on one rank and two
+# ------------------------------------------------------------------------------ the step, on one rank and two
 
 
 def test_a_step_is_on_the_sum_of_the_losses_over_the_count():
@@ -271,12 +272,12 @@ def masters_by_hand() -> GPT:
             optimizer.param_groups[0]["lr"] = 1e-4 * (1 + step)
             optimizer.step()
         assert all(torch.equal(p, master.bfloat16()) for p, master in zip(model.parameters(), exact))
+    assert not same(model, tiny(0).bfloat16())
     return model
 
 
 def test_masters_are_a_float32_optimizer_and_a_rounding():
-    moved = zip(masters_by_hand().parameters(), tiny(0).bfloat16().parameters())
-    assert not any(torch.equal(p, start) for p, start in moved)
+    masters_by_hand()
 
 
 def all_updates(rank: int, ranks: int) -> dict:
@@ -288,7 +289,7 @@ def all_updates(rank: int, ranks: int) -> dict:
     def m(model, optimizer):
         return mstep.m_update(model, optimizer, infused(0)[rank::ranks], 1)
 
-    def rl(model, optimizer):                                   # of two ranks the second has dead groups alone
+    def rl(model, optimizer):                                  # of two ranks the second has dead groups alone
         seeds = [K * i + k for i in range(4)[rank::ranks] for k in range(K)]
         with attempts(samples(model), PASSED):
             return rlvr.rl_update(model, optimizer, ENC, PROBLEMS[rank::ranks], seeds, None, RL, 2)
@@ -322,7 +323,7 @@ def test_two_ranks_do_what_one_does(tmp_path):
         torch.testing.assert_close(two[name][1], again[name][1], rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------ the loops
+# -------------------------------------------------------------------------------------------------- the loops
 
 SMALL = ("--e-steps 6 --e-programs 4 --e-rollouts 2 --rl-steps 6 --rl-problems 4 --rl-group 2 --m-programs 4 "
          "--m-steps 100 --e-lr 0.1 --rl-lr 0.1 --m-lr 0.1").split()
@@ -334,7 +335,7 @@ def new_run(folder, *flags: str) -> train.Run:
 
 
 def steps_of(loop, folder, *args, seed=0, stage="stage", rank=0, ranks=1) -> list[SimpleNamespace]:
-    """What a loop gives to its update, step by step: the items, each with its seeds, and the learning rate."""
+    """What a loop gives to its update, step by step: the items, each with its seeds, and the rate."""
     run, model, seen = new_run(folder / f"{stage}{seed}{rank}{ranks}", "--seed", str(seed)), tiny(0), []
     run.rank, run.ranks = rank, ranks
     data = SimpleNamespace(enc=ENC, openers=MASK, box=None, rl_problems=list(range(40)))
@@ -353,7 +354,7 @@ def steps_of(loop, folder, *args, seed=0, stage="stage", rank=0, ranks=1) -> lis
         seen.append(SimpleNamespace(drawn=drawn, lr=optimizer.param_groups[0]["lr"]))
         return dict(grad_norm=1.0)
     with (mock.patch.object(estep, "e_update", update), mock.patch.object(mstep, "m_update", update),
-          mock.patch.object(rlvr, "rl_update", update), mock.patch.object(mstep, "action_nll", lambda *a: 0.0),
+          mock.patch.object(rlvr, "rl_update", update), mock.patch.object(mstep, "action_nll", lambda *a: 0),
           mock.patch.object(train, "accuracy", lambda *a: {"pass@1": 0.0})):
         loop(run, stage, model, data, *args)
     return seen
@@ -376,11 +377,12 @@ def test_every_epoch_has_every_program_once_in_an_order_of_its_own(tmp_path):
     def epochs(n: int, **how) -> list[list[int]]:
         steps = steps_of(train.m_step, tmp_path, list(range(n)), [], 9, **how)
         assert all(len(step.drawn) == 4 for step in steps)
-        assert [s.lr for s in steps] == pytest.approx([0.1 * (i + 1) / 10 * (1 - 0.9 * i / 9) for i in range(9)])
+        lr = [0.1 * (i + 1) / 10 * (1 - 0.9 * i / 9) for i in range(9)]    # never past the warm-up
+        assert [step.lr for step in steps] == pytest.approx(lr)
         return elbo.chunks([i for step in steps for i in step.drawn], 12)
     seen = epochs(12)
     assert all(sorted(epoch) == list(range(12)) for epoch in seen) and len(set(map(tuple, seen))) == 3
-    assert epochs(12, stage="arm") == seen and epochs(12, seed=1) != seen  # arms are compared on the same draws
+    assert epochs(12, stage="arm") == seen and epochs(12, seed=1) != seen
     assert all(len(set(epoch)) == 12 for epoch in epochs(14, stage="14"))  # two are left over
 
 
@@ -393,8 +395,10 @@ def test_infusion_is_qs_own_and_cuts_out_what_breaks_the_format(tmp_path):
         return seen[-1][1]
     data = SimpleNamespace(enc=ENC, openers=MASK, heldout=PROGRAMS)
     with mock.patch.object(estep, "rollout", rollout), mock.patch.object(run, "load", {"q": q}.get):
-        given = [traces for tag in ("", ".2") for traces in train.infuse(run, "q", data, PROGRAMS * 5, E, tag)]
-    seeds = [seed for its, _ in seen[:3] for seed in its]                  # experts, held-out, the next experts
+        given = []
+        for tag in ("", ".2"):
+            given += train.infuse(run, "q", data, PROGRAMS * 5, E, tag)
+    seeds = [seed for its, _ in seen[:3] for seed in its]              # experts, held-out, the next experts
     assert len(set(seeds)) == len(seeds) == 15 + 3 + 15
     for (_, raw), clean in zip(seen, given, strict=True):
         for t, now in zip(raw, clean, strict=True):
@@ -420,30 +424,26 @@ def test_accuracy_is_of_one_greedy_sample_or_of_several_at_temperature_1(tmp_pat
     assert seen == [(["a", "b"], 0.0, 2), (["a"] * 5 + ["b"] * 5 + ["c"] * 5, 1.0, 15)]
 
 
-def story(*flags: str):
-    """The stages, evaluations and data of an experiment that trains nothing: a model is the name of its stage."""
-    flags = (*SMALL, "--rounds", "2", "--warm-steps", "7", "--warm-data", "stdlib", "--model", "cold", *flags)
+def test_the_story_is_the_papers():
+    """Two rounds after a warm-up, nothing trained: a model is the name of its stage."""
+    flags = [*SMALL, "--rounds", "2", "--warm-steps", "7", "--warm-data", "stdlib", "--model", "cold"]
     stages, tried, tokens = {}, {}, dict(estep=500, infuse=40, ra3=360, ntp=300)
     run = SimpleNamespace(
         s=train.parse_flags(flags), done=lambda name: False, tokens=tokens.get,
         stage=lambda name, *how: stages.update({name: how}) or name,
         once=lambda key, work: tried.update({key: work()}))
-    data = SimpleNamespace(experts=PROGRAMS, warm=["warm"], heldout=PROGRAMS[:1], read_experts={1: PROGRAMS[:2]}.get)
+    data = SimpleNamespace(experts=PROGRAMS, heldout=PROGRAMS[:1], warm=["w"])
+    data.read_experts = {1: PROGRAMS[:2]}.get
 
     def infuse(run, q, data, experts, cfg, tag):
         return [f"{cfg.rationales} by {q}: {len(experts)}"], ["held-out by " + q]
     with (mock.patch.object(train, "infuse", infuse),
           mock.patch.object(train, "evaluate", lambda run, name, data: name)):
         train.experiment(run, data)
-    return stages, tried, data
-
-
-def test_the_story_is_the_papers():
-    stages, tried, data = story()
     plain, e, m, rl = [p.trace() for p in PROGRAMS], train.e_step, train.m_step, train.grpo
-    assert not any(LATENT in t.kind for t in plain)
+    assert not any(LATENT in t.kind for t in plain)                        # next-token prediction
     assert stages == {
-        "warm": ("cold", m, data, ["warm"], plain[:1], 7),
+        "warm": ("cold", m, data, ["w"], plain[:1], 7),
         "estep": ("warm", e, data, PROGRAMS), "estep.2": ("ra3", e, data, PROGRAMS[:2]),
         "ra3": ("estep", m, data, ["learned by estep: 3"], ["held-out by estep"], 100),
         "ra3.2": ("estep.2", m, data, ["learned by estep.2: 2"], ["held-out by estep.2"], 100),
@@ -454,9 +454,3 @@ def test_the_story_is_the_papers():
     models = {"cold": "cold", "base": "warm", "ra3": "ra3.2", "ntp": "ntp.2", "ntp-long": "ntp-long.2"}
     models |= {name: name for name in ("rlvr-base", "rlvr-ra3", "rlvr-ntp")}
     assert tried == {f"eval/{name}": model for name, model in models.items()}
-
-
-def test_at_an_infinite_price_nothing_is_asked_of_q():
-    stages, _, _ = story("--c", "inf", "--arms", "ra3", "--rl-steps", "0")
-    assert list(stages) == ["warm", "ra3", "ra3.2"]
-    assert stages["ra3"][0] == "warm" and stages["ra3"][3] == ["never by warm: 3"]
