@@ -453,8 +453,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
 def prefill(model: GPT, cache: KVCache, slots: list[int], prompts: list[list[int]]) -> list[int]:
     """Run prompts into slots of a cache, all tokens but the last, which are returned: decoding feeds them.
 
-    What prompts share is run once: the samples of a group are one prompt, few-shot prompts begin with the same
-    examples (633 of 736 tokens of MBPP's: two to three times as fast, 64 new tokens, SmolLM2-135M on a CPU).
+    What prompts share is run once: the samples of a group are one prompt, few-shot prompts share examples
+    (633 of 736 tokens of MBPP's: two to three times as fast, 64 new tokens, SmolLM2-135M on a CPU).
     """
     unique = {body: n for n, body in enumerate(dict.fromkeys(tuple(p[:-1]) for p in prompts))}
     prefix = os.path.commonprefix(list(unique))
