@@ -481,7 +481,7 @@ def find_model(name, *patterns: str) -> Path:
     patterns.
     """
     if Path(name).is_dir():
-        if (Path(name) / "adapter_config.json").exists():
+        if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
             raise ValueError(f"{name} is an adapter (LoRA): merge it into its model, and give that folder")
         return Path(name)
     from huggingface_hub import errors, snapshot_download
@@ -530,6 +530,9 @@ def write_whole(file: Path, write):
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())               # else a power failure could leave the name without the content
         os.replace(tmp, file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        os.fsync(folder)                             # and the name itself
+        os.close(folder)
     finally:
         tmp.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import GPT, SHAPES, Decoder, KVCache  # noqa: E402
+from model import GPT, Decoder, GPTConfig, KVCache, autocast, new_cache  # noqa: E402
 
 
 def milliseconds(step, cache: KVCache, last: torch.Tensor, n: int = 100) -> float:
@@ -30,15 +30,15 @@ def milliseconds(step, cache: KVCache, last: torch.Tensor, n: int = 100) -> floa
 def main():
     if not torch.cuda.is_available():
         sys.exit("bench_decode.py: needs a GPU")
-    cfg = SHAPES["HuggingFaceTB/SmolLM2-135M"]
+    cfg = GPTConfig(vocab_size=49_152, d_model=576, n_layer=30, n_head=9, n_kv_head=3, head_dim=64, d_ff=1536)
     with torch.device("cuda"):
         model = GPT(cfg)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", "| rows | recorded, ms per token | launched, ms per token |", "|---|---|---|", sep="\n")
     for rows in (1, 64, 256):
         ms = []
         for recorded in (True, False):
-            with torch.autocast("cuda", torch.bfloat16):
-                cache = KVCache(cfg, rows, 512, "cuda", torch.bfloat16)
+            with autocast(model.device):
+                cache = new_cache(model, rows, 512)
                 cache.length += 200
                 step = Decoder(model, cache) if recorded else lambda last: model(last[:, None], cache=cache)[:, 0]
                 ms.append(milliseconds(step, cache, torch.full((rows,), 5, device="cuda")))

@@ -40,7 +40,8 @@ def main():
     openers, ratios = elbo.opener_mask(enc), []
     for repeat in range(5):
         start = time.perf_counter()
-        traces = estep.rollout(model, enc, [p for p in experts for _ in range(8)], [[repeat, i] for i in range(128)], openers, max_rationale=40)
+        seeds = [[repeat, i] for i in range(128)]
+        traces = estep.rollout(model, enc, [p for p in experts for _ in range(8)], seeds, openers, estep.EStepConfig())
         middle = time.perf_counter()
         token_by_token(model, traces)
         end = time.perf_counter()

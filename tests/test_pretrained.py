@@ -467,6 +467,8 @@ def test_folders_that_are_not_models(checkpoints, tmp_path):
     (without / "generation_config.json").unlink()
     refused(ValueError, load(without), "config.json", "eos_token_id is missing")
     (without / "adapter_config.json").write_text("{}")
+    refused(ValueError, load(without), "config.json", "eos_token_id is missing")
+    (without / "config.json").unlink()
     refused(ValueError, load(without), "adapter (LoRA)", "merge it")
     refused(ValueError, changed("i", rope_parameters=None, rope_scaling="linear"), "config.json", "entry")
     refused(ValueError, changed("j", head_dim=None, num_attention_heads=0), "config.json", "entry")
