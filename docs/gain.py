@@ -1,0 +1,150 @@
+"""What rationales are worth to the model: a table, from the folder of one run alone.
+
+    python docs/gain.py runs/main0                # q's rationales before the lines of the held-out programs
+    python docs/gain.py runs/main0 --by start     # also those of the model that the E-step began with
+
+That model is the judge, pi. It scores the lines that have a rationale, -log pi(a_t | s_t, z_t) in nats, in
+three versions of the program: without rationales, with its own, and with one of another program in the place
+of each. The gain is what rationales take off the first. What another's take off as well is owed to the form
+of a comment, not to what it says. Of several rounds of a run the first is shown.
+"""
+import argparse
+import json
+import re
+import sys
+import zlib
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import elbo
+import estep
+from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Program, Trace
+from model import GPT, load_pretrained
+
+HEAD = """\
+| rationales by | lines | nats without | with | another's | gain | gain of another's | own over another's |
+|---|---|---|---|---|---|---|---|"""
+
+
+def compare_versions(judge: GPT, enc, infused: list[Trace], seed) -> list[Tensor]:
+    """Nats of the n lines with a rationale: without it, with it, with another's, (3, n) per program.
+
+    seed: of the choice of others' rationales. A program too long with these is left out.
+    """
+    openers = elbo.opener_mask(enc).to(judge.device)
+    programs = [rebuild_program(enc, trace) for trace in infused]
+    swapped, out = swap_rationales(enc, programs, infused, seed), []
+    for program, own, other in zip(programs, infused, swapped):
+        if len(other.tokens) <= judge.limit:
+            versions = (program.trace(), own, other)
+            nats = [line_nats(judge, version, openers) for version in versions]
+            out.append(torch.stack(nats)[:, own.thinks()])                           # (3, L) -> (3, n)
+    return out
+
+
+@torch.no_grad()
+def line_nats(judge: GPT, trace: Trace, openers: Tensor) -> Tensor:
+    """-log pi(a_t | s_t, z_t) of every line, given its gate, in nats: (L,)."""
+    batch = elbo.collate([trace], judge.device)
+    _, token = elbo.score(elbo.logits_of(judge, batch), batch, openers)              # (1, T-1)
+    return -elbo.by_line(elbo.log_pi(token, batch), batch, len(trace.thinks()))[0].cpu()
+
+
+def mean_over_programs(values: list[Tensor]) -> tuple[float, float]:
+    """The mean of all lines' values, and its standard error over programs. values: one (n,) per program.
+
+    Lines of one program share its rationales, so they do not count as independent. nan of a single program.
+    """
+    lines = torch.cat(values)
+    mean = lines.mean().item()
+    sums = torch.tensor([(x - mean).sum() for x in values if len(x)])
+    return mean, sums.std().item() * len(sums) ** 0.5 / len(lines)
+
+
+def swap_rationales(enc, programs: list[Program], infused: list[Trace], seed) -> list[Trace]:
+    """The control: the same programs, thinking before the same lines, each rationale one of another program.
+
+    Its comments get the indentation of their new place. A program keeps its own if no other has any.
+    """
+    said = [tokens_by_line(trace, LATENT) for trace in infused]
+    rng, out = np.random.default_rng(seed), []
+    for program, own in zip(programs, said):
+        others = [tokens for other in said if other is not own for tokens in other.values()]
+        others = others or list(own.values())
+        trace = Trace()
+        trace.add(program.prompt, PROMPT)
+        for t, line in enumerate(program.lines):
+            drawn = others[rng.integers(len(others))] if t in own else []
+            for comment in re.findall("#.*", enc.decode(drawn)):
+                trace.add(elbo.rationale(enc, program, t, comment), LATENT, t, FORCED)
+            trace.add(line, ACTION, t, FREE)
+        out.append(trace)
+    return out
+
+
+def rebuild_program(enc, trace: Trace) -> Program:
+    """The expert's program of an infused one, as `elbo.parse` had made it."""
+    [prompt] = tokens_by_line(trace, PROMPT).values()
+    lines = list(tokens_by_line(trace, ACTION).values())
+    # What stands before a line ends at its decision point, inside its indentation.
+    before = map(enc.decode, [prompt, *lines[:-1]])
+    closings = ["\n" + re.search(r"[ \t\f]*\Z", text)[0] for text in before]
+    return Program(prompt, lines, closings)
+
+
+def tokens_by_line(trace: Trace, kind: int) -> dict[int, list[int]]:
+    out = defaultdict(list)
+    for token, k, line in zip(trace.tokens, trace.kind, trace.line):
+        if k == kind:
+            out[line].append(token)
+    return out
+
+
+def infuse(start: GPT, enc, programs: list[Program], settings: dict) -> list[Trace]:
+    """The programs with rationales of `start`, drawn with the seeds of train.py's draw from q."""
+    names = ("rationales", "max_rationale", "max_comments")
+    cfg = estep.EStepConfig(**{name: settings[name] for name in names})
+    purpose, openers = zlib.crc32(b"infuse heldout"), elbo.opener_mask(enc)
+    seeds = [[settings["seed"], purpose, i] for i in range(len(programs))]
+    traces = estep.rollout(start, enc, programs, seeds, openers, cfg, settings["sample_batch"])
+    return [estep.without_broken(trace) for trace in traces]
+
+
+def table_row(writer: str, nats: list[Tensor]) -> str:
+    """Means ± standard errors of what `compare_versions` returns."""
+    without, own, other = zip(*nats)
+    cells = [writer, str(sum(map(len, own)))]
+    cells += [f"{torch.cat(version).mean():.3f}" for version in (without, own, other)]
+    for worse, better in ((without, own), (without, other), (other, own)):
+        mean, error = mean_over_programs([a - b for a, b in zip(worse, better)])
+        cells.append(f"{mean:+.3f} ± {error:.3f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(argv: list[str] | None = None):
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("run", type=Path, help="folder of a run whose E-step is done")
+    ap.add_argument("--by", choices=["start"], help="judge that model's own rationales, too")
+    args = ap.parse_args(argv)
+    settings = json.loads((args.run / "config.json").read_text())["settings"]
+    infused = [Trace(**json.loads(line)) for line in (args.run / "infused.jsonl").open()]
+    start = args.run / "warm" if settings["warm_steps"] else settings["model"]
+    judge, enc = load_pretrained(start, "cuda" if torch.cuda.is_available() else "cpu")
+    judge.limit = min(settings["context"], judge.limit)
+    seed = [settings["seed"], zlib.crc32(b"shuffled")]
+    print(HEAD, table_row("q", compare_versions(judge, enc, infused, seed)), sep="\n")
+    if args.by:
+        infused = infuse(judge, enc, [rebuild_program(enc, trace) for trace in infused], settings)
+        print(table_row("the start", compare_versions(judge, enc, infused, seed)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"gain.py: {e}")
