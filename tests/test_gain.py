@@ -11,7 +11,6 @@ import tiktoken
 import torch
 
 import elbo
-import estep
 import train
 from elbo import ACTION, FREE, LATENT, PROMPT, Program, Trace
 from model import GPT, GPTConfig, load_pretrained, load_tokenizer
