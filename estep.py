@@ -75,7 +75,8 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: tiktoken.Encoding, openers: Tensor
     pass; sample_batch: versions rolled out at a time. Returns what to watch, over all ranks: means per line
     and per rationale, the gradient's norm, tokens put through a model.
     """
-    K, sums = cfg.e_rollouts, Counter()
+    names = ("reward", "loglik", "think", "lines", "gap", "broken", "length", "compared")
+    K, sums = cfg.e_rollouts, Counter(dict.fromkeys(names, 0.0))       # also of a rank that has no program
     versions = [p for p in programs for _ in range(K)]
     traces = rollout(q, enc, versions, seeds, openers, cfg, sample_batch)
 
@@ -94,7 +95,7 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: tiktoken.Encoding, openers: Tensor
             gap, compared = uplift(G, think.view(G.shape))
             watched = dict(reward=rewards, loglik=loglik, think=think, lines=batch.line.amax(1) + 1, gap=gap,
                            broken=broken, length=batch.kind == LATENT, compared=compared)
-            sums.update({name: values.sum().item() for name, values in watched.items()})
+            sums.update({name: watched[name].sum().item() for name in names})
             yield reinforce_loss(elbo.log_q(gate, token, batch), A, batch) + cfg.e_anchor * anchor
 
     norm = optimize(q, optimizer, losses(), len(traces))

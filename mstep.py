@@ -49,7 +49,7 @@ def m_update(model: GPT, optimizer, traces: list[Trace], micro_batch: int = 32) 
 
     Returns what to watch, over all ranks; loss: nats per trained token.
     """
-    length = max(len(t.tokens) for t in traces)
+    length = max((len(t.tokens) for t in traces), default=0)           # a rank may have none
     rows = chunks(pack(traces, length), micro_batch)
     batches = [packed_batch(traces, part, model.device) for part in rows]
     trained, nats = sum(int(b.scored.sum()) for b in batches), 0.0

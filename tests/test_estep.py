@@ -350,6 +350,30 @@ def test_what_thinking_earns_is_reported(enc):
     assert len(want) > 2 and stats["uplift"] == pytest.approx(np.mean(want), abs=1e-4)
 
 
+def test_a_rank_without_a_share_sums_the_same_names_as_the_others(enc):
+    """Three programs on four ranks: sums of other names, or in another order, would be added up crosswise."""
+    import bench
+    import mstep
+    import rlvr
+    model, openers, seen = tiny(3), elbo.opener_mask(enc), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    problem = bench.Problem("1", "a\n")
+    right = lambda model, enc, problems, *rest, **how: ([rlvr.Sample([2], [-1.0], True) for _ in problems], [True, False] * (len(problems) // 2))
+
+    def note(sums):
+        if len(sums) > 1:
+            seen.append(list(sums))
+        return {name: value + 1 for name, value in sums.items()}
+    with mock.patch.object(estep, "total", note), mock.patch.object(mstep, "total", note), mock.patch.object(rlvr, "total", note), \
+            mock.patch.object(rlvr, "attempt", right):
+        for programs, problems in (([program(enc)], [problem]), ([], [])):
+            cfg, seeds = estep.EStepConfig(e_rollouts=2, max_rationale=MAX), [[0, i] for i in range(2 * len(programs))]
+            estep.e_update(model, copy.deepcopy(model), optimizer, enc, openers, programs, seeds, cfg)
+            mstep.m_update(model, optimizer, [p.trace() for p in programs])
+            rlvr.rl_update(model, optimizer, enc, problems, [], None, rlvr.RLVRConfig(rl_group=2))
+    assert len(seen) == 6 and seen[:3] == seen[3:]
+
+
 def test_the_tokens_of_a_rollout_are_those_of_its_passes(enc):
     """Counted by hand as the sampler goes: all of the program once, then each comment line and, once more, the code that follows it."""
     t = Trace()
