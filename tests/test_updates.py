@@ -123,9 +123,10 @@ def test_two_e_steps_are_what_the_formula_says():
     q, pi, drawn, gates, sampled = tiny(5), tiny(6), [], set(), estep.rollout
     optimizer = torch.optim.SGD(q.parameters(), lr=LR)
 
-    def rollout(model, enc, versions, *how):
+    def rollout(model, enc, versions, given, openers, cfg, *how):
         assert model is q and versions == [p for p in PROGRAMS for _ in range(K)]
-        drawn.append(sampled(model, enc, versions, *how))
+        assert given == seeds and cfg is E
+        drawn.append(sampled(model, enc, versions, given, openers, cfg, *how))
         return drawn[-1]
     for step in range(2):
         before, seeds = copy.deepcopy(q), [[step, i] for i in range(9)]
@@ -144,8 +145,8 @@ def test_two_e_steps_are_what_the_formula_says():
             later = [line == before for line, before in zip(t.line, [None, *t.line])]
             gates |= set(zip(t.kind, t.gate, later))
     # There was to be told apart: forced gates, a line's first gate and others, both openers, new draws.
-    assert gates > {(LATENT, FORCED, False), (LATENT, FREE, False), (LATENT, FREE, True), (ACTION, FORCED, True),
-                    (ACTION, FREE, False), (ACTION, FREE, True)}
+    assert gates > {(LATENT, FREE, False), (LATENT, FREE, True), (LATENT, FORCED, False),
+                    (ACTION, FREE, False), (ACTION, FREE, True), (ACTION, FORCED, True)}
     assert all(any(token in t.tokens for t in drawn[0]) for token in OPENERS)
     assert drawn[0] != drawn[1] and same(pi, tiny(6))
 
