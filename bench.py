@@ -14,6 +14,7 @@ not `yes`, as in LiveCodeBench's harness, though some of Codeforces's own checke
 """
 import argparse
 import base64
+import contextlib
 import gzip
 import io
 import json
@@ -21,6 +22,7 @@ import os
 import pickle
 import re
 import sys
+import tokenize
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -533,8 +535,10 @@ def file_rows(file: Path) -> Iterator[dict]:
         import datasets
         kind = file.suffix.removeprefix(".")
         yield from datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
-    elif file.suffix == ".py":                         # with surrogates, which no parser takes for Python
-        yield {"text": file.read_text(encoding="utf-8-sig", errors="surrogateescape")}
+    elif file.suffix == ".py":
+        with open(file, "rb") as f, contextlib.suppress(SyntaxError):
+            encoding = tokenize.detect_encoding(f.readline)[0]         # a coding cookie, a byte order mark
+            yield {"text": file.read_text(encoding, errors="surrogateescape")}    # no parser takes these
     else:                                              # `datasets` cannot name a bad line, and makes "" null
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as f:
             yield from (json.loads(line) for line in f if line.strip())

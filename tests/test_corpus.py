@@ -1,13 +1,15 @@
 """Corpora: programs of files, folders and datasets, cleaned and cut."""
 import itertools
 import json
+from pathlib import Path
 
 import datasets
 import pytest
 from huggingface_hub import HfApi
 
 from elbo import statements
-from mstep import corpus
+from model import load_tokenizer
+from mstep import corpus, pieces
 
 GOOD = ("# a comment line\nimport os\n\n\n@property\ndef f(x):\n    # why\n    return x  # kept\n\n\n"
         "class A:\n    y = 1\n")
@@ -74,3 +76,22 @@ def test_a_gated_dataset_is_called_so(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match="'me/code' is a gated dataset .*hf auth login"):
         list(corpus("me/code"))
+
+
+def test_odd_files_are_read_as_python_reads_them(tmp_path):
+    """A coding cookie, a byte order mark; characters that end a line for str.splitlines, inside literals; one that is no text at all."""
+    (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\nx = 'é'\n".encode("latin-1"))
+    (tmp_path / "b.py").write_bytes(b"\xef\xbb\xbfx = 1\n")
+    odd = "x = '\u2028 \x1c \x0b \x85'\ny = 2\n"
+    (tmp_path / "c.py").write_text(odd, encoding="utf-8")
+    (tmp_path / "d.py").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "e.py").write_bytes(b"# -*- coding: klingon -*-\nx = 1\n")
+    assert [text for _, text in corpus(str(tmp_path))] == ["x = 'é'\n", "x = 1\n", odd]
+
+
+def test_a_run_of_a_million_spaces_does_not_end_a_corpus():
+    """tiktoken fails on one with a PanicException, which is no Exception."""
+    enc = load_tokenizer(Path(__file__).parent.parent / "base")
+    for run in (" ", "\t", "\n"):
+        assert pieces("x = [1," + run * 1_000_000 + "2]\n", 10 ** 9, lambda text: len(enc.encode_ordinary(text)), False) == []
+    assert pieces("x = [1,      2]\n", 99, len, False) == ["x = [1,      2]\n"]
