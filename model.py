@@ -253,7 +253,8 @@ class GPT(nn.Module):
                 raise ValueError(f"{file} cannot be read ({e}): download it again, as safetensors") from None
         missing = [k for k in wanted if k not in found]
         if missing:
-            raise ValueError(f"{folder}: {len(missing)} of {len(wanted)} are missing: {missing[0]} ...")
+            raise ValueError(f"{folder}: {len(missing)} of {len(wanted)} tensors are missing "
+                             f"({missing[0]}): complete the download")
         model.load_state_dict({k: found[hub_key(k)] for k in model.state_dict()}, assign=True)
         return model
 
