@@ -58,12 +58,13 @@ def line_nats(judge: GPT, trace: Trace, openers: Tensor) -> Tensor:
 def mean_over_programs(values: list[Tensor]) -> tuple[float, float]:
     """The mean of all lines' values, and its standard error over programs. values: one (n,) per program.
 
-    Lines of one program share its rationales, so they do not count as independent. nan of a single program.
+    Lines of one program share its rationales, so they do not count as independent. Of one program it is nan.
     """
     lines = torch.cat(values)
-    mean = lines.mean().item()
+    mean = lines.mean()
     sums = torch.tensor([(x - mean).sum() for x in values if len(x)])
-    return mean, sums.std().item() * len(sums) ** 0.5 / len(lines)
+    error = sums.std() * len(sums) ** 0.5 / len(lines)
+    return mean.item(), error.item()
 
 
 def swap_rationales(enc, programs: list[Program], infused: list[Trace], seed) -> list[Trace]:
@@ -76,14 +77,13 @@ def swap_rationales(enc, programs: list[Program], infused: list[Trace], seed) ->
     for program, own in zip(programs, said):
         others = [tokens for other in said if other is not own for tokens in other.values()]
         others = others or list(own.values())
-        trace = Trace()
-        trace.add(program.prompt, PROMPT)
+        out.append(Trace())
+        out[-1].add(program.prompt, PROMPT)
         for t, line in enumerate(program.lines):
             drawn = others[rng.integers(len(others))] if t in own else []
             for comment in re.findall("#.*", enc.decode(drawn)):
-                trace.add(elbo.rationale(enc, program, t, comment), LATENT, t, FORCED)
-            trace.add(line, ACTION, t, FREE)
-        out.append(trace)
+                out[-1].add(elbo.rationale(enc, program, t, comment), LATENT, t, FORCED)
+            out[-1].add(line, ACTION, t, FREE)
     return out
 
 
