@@ -26,8 +26,7 @@ import estep
 from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Program, Trace
 from model import GPT, load_pretrained
 
-HEAD = """\
-| rationales by | lines | nats without | with | another's | gain | gain of another's | own over another's |
+HEAD = """| rationales by | lines | nats without | with | another's | gain | gain of another's | own over another's |
 |---|---|---|---|---|---|---|---|"""
 
 
@@ -52,7 +51,8 @@ def line_nats(judge: GPT, trace: Trace, openers: Tensor) -> Tensor:
     """-log pi(a_t | s_t, z_t) of every line, given its gate, in nats: (L,)."""
     batch = elbo.collate([trace], judge.device)
     _, token = elbo.score(elbo.logits_of(judge, batch), batch, openers)              # (1, T-1)
-    return -elbo.by_line(elbo.log_pi(token, batch), batch, len(trace.thinks()))[0].cpu()
+    log_pi = elbo.by_line(elbo.log_pi(token, batch), batch, len(trace.thinks()))     # (1, L)
+    return -log_pi[0].cpu()
 
 
 def mean_over_programs(values: list[Tensor]) -> tuple[float, float]:

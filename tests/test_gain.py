@@ -253,7 +253,7 @@ def test_the_judge_is_the_warm_base_where_there_was_a_warm_up(tmp_path, monkeypa
         return load_pretrained(ROOT / "base", device)
     monkeypatch.setattr(gain, "load_pretrained", load)
     for name, steps in (("cold", 0), ("warmed", 5)):
-        write_run(tmp_path / name, 2, warm_steps=steps)
+        write_run(tmp_path / name, 6, warm_steps=steps)
         gain.main([str(tmp_path / name)])
     assert loaded == [str(ROOT / "base"), tmp_path / "warmed/warm"]
 
