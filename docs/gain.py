@@ -26,7 +26,7 @@ import estep
 from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Program, Trace
 from model import GPT, load_pretrained
 
-HEAD = """| rationales by | lines | nats without | with | another's | gain | another's gain | own over another's |
+HEAD = """| written by | lines | nats without | with | another's | gain | another's gain | own over another's |
 |---|---|---|---|---|---|---|---|"""
 
 
