@@ -26,7 +26,7 @@ import estep
 from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Program, Trace
 from model import GPT, load_pretrained
 
-HEAD = """| written by | lines | nats without | with | another's | gain | another's gain | own over another's |
+HEAD = """| writer | lines | nats: without | with | another's | gain | another's gain | own over another's |
 |---|---|---|---|---|---|---|---|"""
 
 
@@ -116,7 +116,7 @@ def infuse(start: GPT, enc, programs: list[Program], settings: dict) -> list[Tra
 
 
 def table_row(writer: str, nats: list[Tensor]) -> str:
-    """Means ± standard errors of what `compare_versions` returns."""
+    """Means ± standard errors, in nats per line, of what `compare_versions` returns."""
     without, own, other = zip(*nats)
     cells = [writer, str(sum(map(len, own)))]
     cells += [f"{torch.cat(version).mean():.3f}" for version in (without, own, other)]
