@@ -26,8 +26,7 @@ import estep
 from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Program, Trace
 from model import GPT, load_pretrained
 
-HEAD = """\
-| rationales by | lines | nats without | with | another's | gain | gain of another's | own over another's |
+HEAD = """| writer | lines | nats: without | with | another's | gain | another's gain | own over another's |
 |---|---|---|---|---|---|---|---|"""
 
 
@@ -52,18 +51,20 @@ def line_nats(judge: GPT, trace: Trace, openers: Tensor) -> Tensor:
     """-log pi(a_t | s_t, z_t) of every line, given its gate, in nats: (L,)."""
     batch = elbo.collate([trace], judge.device)
     _, token = elbo.score(elbo.logits_of(judge, batch), batch, openers)              # (1, T-1)
-    return -elbo.by_line(elbo.log_pi(token, batch), batch, len(trace.thinks()))[0].cpu()
+    log_pi = elbo.by_line(elbo.log_pi(token, batch), batch, len(trace.thinks()))     # (1, L)
+    return -log_pi[0].cpu()
 
 
 def mean_over_programs(values: list[Tensor]) -> tuple[float, float]:
     """The mean of all lines' values, and its standard error over programs. values: one (n,) per program.
 
-    Lines of one program share its rationales, so they do not count as independent. nan of a single program.
+    Lines of one program share its rationales, so they do not count as independent. Of one program it is nan.
     """
     lines = torch.cat(values)
-    mean = lines.mean().item()
+    mean = lines.mean()
     sums = torch.tensor([(x - mean).sum() for x in values if len(x)])
-    return mean, sums.std().item() * len(sums) ** 0.5 / len(lines)
+    error = sums.std() * len(sums) ** 0.5 / len(lines)
+    return mean.item(), error.item()
 
 
 def swap_rationales(enc, programs: list[Program], infused: list[Trace], seed) -> list[Trace]:
@@ -76,14 +77,13 @@ def swap_rationales(enc, programs: list[Program], infused: list[Trace], seed) ->
     for program, own in zip(programs, said):
         others = [tokens for other in said if other is not own for tokens in other.values()]
         others = others or list(own.values())
-        trace = Trace()
-        trace.add(program.prompt, PROMPT)
+        out.append(Trace())
+        out[-1].add(program.prompt, PROMPT)
         for t, line in enumerate(program.lines):
             drawn = others[rng.integers(len(others))] if t in own else []
             for comment in re.findall("#.*", enc.decode(drawn)):
-                trace.add(elbo.rationale(enc, program, t, comment), LATENT, t, FORCED)
-            trace.add(line, ACTION, t, FREE)
-        out.append(trace)
+                out[-1].add(elbo.rationale(enc, program, t, comment), LATENT, t, FORCED)
+            out[-1].add(line, ACTION, t, FREE)
     return out
 
 
@@ -116,7 +116,7 @@ def infuse(start: GPT, enc, programs: list[Program], settings: dict) -> list[Tra
 
 
 def table_row(writer: str, nats: list[Tensor]) -> str:
-    """Means ± standard errors of what `compare_versions` returns."""
+    """Means ± standard errors, in nats per line, of what `compare_versions` returns."""
     without, own, other = zip(*nats)
     cells = [writer, str(sum(map(len, own)))]
     cells += [f"{torch.cat(version).mean():.3f}" for version in (without, own, other)]

@@ -12,7 +12,7 @@ import torch
 
 import elbo
 import train
-from elbo import ACTION, FREE, LATENT, PROMPT, Program, Trace
+from elbo import ACTION, FREE, LATENT, NO_GATE, PROMPT, Program, Trace
 from model import GPT, GPTConfig, load_pretrained, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ LOOP = "    out = []\n    for x in xs:\n        if x > 4:\n            out.appen
     (TASK + "   ", LOOP[3:]),
     ("", "import re\n\ndef f(x):\n\n    y = '''\n  # no comment\n'''\n    return y\n"),
     ("Write f, don't ask.\n", "def f(x):\n\tif x:\n\t\treturn 1\n"),
-    ("", "x = 1\n\x0cy = 2  # <|endoftext|>\nclass A:\n  s = 'é'; t = 3\n"),
+    ("", "x = 1\n\x0c\x0cy = 2  # <|endoftext|>\nclass A:\n  s = 'é'; t = 3\n   \nz = A()\n"),
 ])
 def test_a_program_is_rebuilt_from_its_trace(base_enc, prompt, solution):
     program = elbo.parse(base_enc, prompt, solution, base_enc.eot_token)
@@ -103,6 +103,8 @@ def test_another_programs_rationale_comes_whole_and_at_its_new_place(base_enc):
             infuse(base_enc, programs[1], {0: ["# 1 + 2 = 3", "# so # it is"]})]
     assert [trace.tokens for trace in swapped] == [trace.tokens for trace in want]
     assert [trace.line for trace in swapped] == [trace.line for trace in want]
+    gates = [[gate != NO_GATE for gate in trace.gate] for trace in [*swapped, *want]]
+    assert gates[:2] == gates[2:]
     assert "   # 1 + 2 = 3\n    # so # it is\n    out = []" in base_enc.decode(swapped[1].tokens)
 
 
@@ -187,40 +189,59 @@ def test_a_standard_error_of_programs_of_unequal_length():
 # --------------------------------------------------------------------------------------------- a run's folder
 
 
-def write_run(folder: Path, n: int, **settings) -> train.Settings:
+def write_run(folder: Path, n: int, warm_steps: int = 0):
     """What train.infuse leaves of n held-out programs, infused by the base itself."""
     s = train.Settings()
-    s.run.model, s.run.seed, s.run.context = str(ROOT / "base"), 3, 300
-    model, enc = load_pretrained(ROOT / "base")
-    model.limit = min(s.run.context, model.limit)
+    s.run.model, s.run.seed, s.run.warm_steps = str(ROOT / "base"), 3, warm_steps
+    s.run.context, s.run.sample_batch = 150, 7
+    s.e.explore, s.e.max_rationale, s.e.max_comments, s.e.rationales = 0.5, 12, 2, "always"
     folder.mkdir()
-    for name, value in settings.items():
-        setattr(s.run, name, value)
     (folder / "config.json").write_text(json.dumps({"settings": s.flat(), "unfit": {}}))
+    enc = load_tokenizer(ROOT / "base")
     problems = train.bench.world("eval", n, 0)
     heldout = [elbo.parse(enc, p.prompt, p.solution, enc.eot_token) for p in problems]
     data = SimpleNamespace(enc=enc, openers=elbo.opener_mask(enc), heldout=heldout)
     train.infuse(train.Run(s, folder, enc), s.run.model, data, [], s.e, "")
-    return s
 
 
-def printed_table(capsys) -> list[list[str]]:
-    lines = capsys.readouterr().out.splitlines()
-    return [line.strip("| ").split(" | ") for line in lines]
+def read_traces(folder: Path) -> list[Trace]:
+    return [Trace(**json.loads(line)) for line in (folder / "infused.jsonl").read_text().splitlines()]
 
 
-def test_the_start_draws_what_training_draws(tmp_path, capsys):
-    """Where q is the start itself, its row is the start's; both are those of the folder's traces."""
-    write_run(tmp_path / "r", 24)
-    gain.main([str(tmp_path / "r"), "--by", "start"])
-    head, _, q, start = printed_table(capsys)
-    assert (q[0], start[0]) == ("q", "the start") and len(head) == len(q) == 8
-    assert q[1:] == start[1:] and int(q[1]) > 5
-    lines = (tmp_path / "r/infused.jsonl").read_text().splitlines()
-    infused = [Trace(**json.loads(line)) for line in lines]
-    assert int(q[1]) == sum(sum(trace.thinks()) for trace in infused)
-    gain.main([str(tmp_path / "r")])
-    assert printed_table(capsys) == [head, ["---|---|---|---|---|---|---|---"], q]
+def print_table(capsys, *args: str) -> list[list[str]]:
+    """The cells of the table's rows."""
+    capsys.readouterr()
+    gain.main([*args])
+    head, rule, *rows = capsys.readouterr().out.splitlines()
+    assert head.count("|") == rule.count("|") == rows[0].count("|")
+    return [row.strip("| ").split(" | ") for row in rows]
+
+
+def test_the_start_draws_what_training_draws(tmp_path, capsys, monkeypatch):
+    """Where q is the start itself, the two rows are the same, and so is what the sampler was asked for."""
+    asked, sample = [], estep.rollout
+
+    def rollout(model, enc, programs, seeds, openers, cfg, size):
+        how = (cfg.rationales, cfg.explore, cfg.max_rationale, cfg.max_comments)
+        asked.append([programs, seeds, openers.tolist(), how, model.limit, size] if programs else [])
+        return sample(model, enc, programs, seeds, openers, cfg, size)
+    monkeypatch.setattr(estep, "rollout", rollout)
+    folder = tmp_path / "r"
+    write_run(folder, 12)
+    q, start = print_table(capsys, str(folder), "--by", "start")
+    experts, heldout, again = asked
+    assert experts == [] and heldout == again
+    assert (q[0], start[0]) == ("q", "the start") and q[1:] == start[1:]
+    traces = read_traces(folder)
+    assert int(q[1]) == sum(sum(trace.thinks()) for trace in traces) < sum(len(t.thinks()) for t in traces)
+    assert print_table(capsys, str(folder)) == [q]
+    # Rationales that q has not written do not concern the start's row.
+    lines = (folder / "infused.jsonl").read_text().splitlines(keepends=True)
+    bare = [gain.rebuild_program(load_tokenizer(ROOT / "base"), trace).trace() for trace in traces[:6]]
+    lines[:6] = [json.dumps(vars(trace) | {"broken": []}) + "\n" for trace in bare]
+    (folder / "infused.jsonl").write_text("".join(lines))
+    fewer, same = print_table(capsys, str(folder), "--by", "start")
+    assert int(fewer[1]) < int(q[1]) and same == start
 
 
 def test_the_judge_is_the_warm_base_where_there_was_a_warm_up(tmp_path, monkeypatch):
@@ -231,9 +252,16 @@ def test_the_judge_is_the_warm_base_where_there_was_a_warm_up(tmp_path, monkeypa
         return load_pretrained(ROOT / "base", device)
     monkeypatch.setattr(gain, "load_pretrained", load)
     for name, steps in (("cold", 0), ("warmed", 5)):
-        write_run(tmp_path / name, 4, warm_steps=steps)
+        write_run(tmp_path / name, 6, warm_steps=steps)
         gain.main([str(tmp_path / name)])
     assert loaded == [str(ROOT / "base"), tmp_path / "warmed/warm"]
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_of_no_rationales_the_number_alone_is_shown(enc):
+    infused = [elbo.parse(enc, "a\n", "x\na\n", EOS).trace() for _ in range(2)]
+    row = gain.table_row("q", gain.compare_versions(tiny(3), enc, infused, 0))
+    assert row.startswith("| q | 0 | nan | nan | nan | +nan ± nan |")
 
 
 def test_what_is_no_run_is_named(tmp_path):
