@@ -11,6 +11,7 @@ import tiktoken
 import torch
 
 import elbo
+import estep
 import train
 from elbo import ACTION, FREE, LATENT, NO_GATE, PROMPT, Program, Trace
 from model import GPT, GPTConfig, load_pretrained, load_tokenizer
