@@ -1,0 +1,135 @@
+"""A run that is stopped, killed or damaged goes on exactly; two writers, orphans, signals."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import bench
+import train
+from test_train import ROOT, SMALL, STAGES, command, metrics, run, whole  # noqa: F401
+
+
+def same(a: Path, b: Path, stages=STAGES):
+    """Are two runs equal, bit for bit, but for the seconds that they took?"""
+    timeless = lambda folder: [{k: v for k, v in r.items() if k != "seconds"} for r in metrics(folder)]
+    assert timeless(a) == timeless(b)
+    for stage in stages:
+        assert (a / stage / "model.safetensors").read_bytes() == (b / stage / "model.safetensors").read_bytes(), stage
+
+
+def start_until(folder: Path, flags: list[str], phase: str, step: int) -> subprocess.Popen:
+    """A run that has just logged this step of this phase."""
+    process = subprocess.Popen(command(*flags), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = folder / "runs/cut/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and f'"phase": "{phase}", "step": {step}' in log.read_text()):
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be stopped"
+    return process
+
+
+def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path):
+    folder, flags = tmp_path / "runs/cut", [*SMALL, "--name", "cut"]
+    for victim in ("estep", "rlvr-base"):
+        process = start_until(tmp_path, flags, victim, 3)
+        busy = run(tmp_path, "--name", "cut", "--resume")                     # a second writer is refused, and changes nothing
+        assert busy.returncode == 2 and "runs/cut is being written by another process" in busy.stderr.splitlines()[-1]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        flags = ["--name", "cut", "--resume"]                                 # all else it knows
+    done = run(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(folder, whole[0])
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, number):
+    process = start_until(tmp_path, [*SMALL, "--name", "cut"], "estep", 1)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == "train.py: stopped; go on with --resume --name cut"
+
+
+def damage(file: Path, how: str):
+    data = file.read_bytes()
+    file.write_bytes({"empty": b"", "truncated": data[:len(data) // 2], "zeros": data[:len(data) // 2] + bytes(len(data) - len(data) // 2),
+                      "overwritten": data[:9000] + b"Z" * 400 + data[9400:]}[how])
+
+
+@pytest.mark.parametrize("how", ("empty", "overwritten"))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_path, how):
+    """An E-step of 4 updates is stopped after the fourth: there are checkpoints after two, and (made here) after three."""
+    process = start_until(tmp_path, [*[f if f != "2" or SMALL[i - 1] != "--save-every" else "1" for i, f in enumerate(SMALL)], "--name", "cut"], "estep", 3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    states = sorted(f.name for f in (tmp_path / "runs/cut").glob("state-*"))
+    assert states == ["state-estep-2.0.pt", "state-estep-3.0.pt"]
+    damage(tmp_path / "runs/cut/state-estep-3.0.pt", how)
+    done = run(tmp_path, "--name", "cut", "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "state-estep-3.0.pt is damaged" in done.stderr and "Traceback" not in done.stderr
+    same(tmp_path / "runs/cut", whole[0])
+
+
+@pytest.mark.parametrize("how", ("zeros",))
+def test_a_damaged_log_is_cut_back_to_what_is_whole(whole, tmp_path, how):
+    shutil.copytree(whole[0], tmp_path / "runs/cut")
+    damage(tmp_path / "runs/cut/metrics.jsonl", how)
+    done = run(tmp_path, "--name", "cut", "--resume")
+    assert done.returncode == 0 and "metrics.jsonl: line" in done.stderr, done.stderr[-2000:]
+    same(tmp_path / "runs/cut", whole[0])
+
+
+@pytest.mark.parametrize("text", ("", "{}", "[]", '{"settings": 3, "unfit": {}}'))
+def test_a_damaged_config_is_named(whole, tmp_path, monkeypatch, text):
+    shutil.copytree(whole[0], tmp_path / "runs/cut")
+    (tmp_path / "runs/cut/config.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="runs/cut/config.json is damaged"):
+        train.main(train.parse_flags(["--name", "cut", "--resume"]))
+
+
+def test_ranks_end_with_their_launcher(tmp_path):
+    """kill -9 of torchrun leaves no orphans that train on."""
+    process = subprocess.Popen(command(*SMALL, "--name", "cut", "--e-steps", "500", ranks=2), cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process.stdout.readline()                                                 # its first line: where it writes
+    alive = lambda: subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path.name}|train.py.*--e-steps 500"], capture_output=True, text=True).stdout.split()
+    assert len(alive()) >= 2
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not alive():
+            break
+        time.sleep(0.1)
+    assert not alive()
+
+
+def test_a_cold_start_in_rounds_survives_a_kill(tmp_path):
+    """A warm-up makes the base of every arm; each round trains on programs that no other has seen, also when the run is cut between them."""
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": f"x = {i}\ny = x + {i}\n"}) + "\n" for i in range(40)))
+    web = [p.prompt + " " + p.solution.lstrip() for p in bench.world("web", 60, seed=9)]
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in web))
+    flags = ["--model", str(ROOT / "base"), "--data", "corpus.jsonl", "--rounds", "2", "--experts", "20", "--m-programs", "20", "--m-steps", "2", "--e-steps", "1",
+             "--e-programs", "2", "--e-rollouts", "2", "--rl-steps", "0", "--eval-problems", "2", "--arms", "ra3,ntp", "--warm-data", "web.jsonl",
+             "--warm-steps", "1", "--explore", "0.5", "--max-new-tokens", "60"]
+    done = run(tmp_path, *flags, "--name", "whole")
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = tmp_path / "runs/whole"
+    stages = {"warm", *(p + tag for p in ("estep", "ra3", "ntp") for tag in ("", ".2"))}
+    assert {r["phase"] for r in metrics(whole) if "phase" in r} == stages and (whole / "infused.2.jsonl").exists()
+    assert {r["key"] for r in metrics(whole) if r.get("key", "").startswith("eval/")} == {"eval/cold", "eval/base", "eval/ra3", "eval/ntp"}
+    # As if it had been killed in the second round: what came after is gone.
+    cut = tmp_path / "runs/cut"
+    shutil.copytree(whole, cut)
+    text = (whole / "metrics.jsonl").read_bytes()
+    (cut / "metrics.jsonl").write_bytes(text[:text.index(b"\n", text.index(b'"cost/estep.2"')) + 1])
+    done = run(tmp_path, "--name", "cut", "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(cut, whole, stages)
