@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 import train
@@ -62,19 +63,31 @@ def damage(file: Path, how: str):
                       "overwritten": data[:9000] + b"Z" * 400 + data[9400:]}[how])
 
 
-@pytest.mark.parametrize("how", ("empty", "overwritten"))
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_path, how):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_path):
     """An E-step of 4 updates is stopped after the fourth: there are checkpoints after two, and (made here) after three."""
-    process = start_until(tmp_path, [*[f if f != "2" or SMALL[i - 1] != "--save-every" else "1" for i, f in enumerate(SMALL)], "--name", "cut"], "estep", 3)
+    process = start_until(tmp_path, [*[f if f != "2" or SMALL[i - 1] != "--save-every" else "1" for i, f in enumerate(SMALL)], "--name", "cut"], "estep", 2)
+    while not (tmp_path / "runs/cut/state-estep-3.0.pt").exists():       # the fourth update takes longer than a look
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     states = sorted(f.name for f in (tmp_path / "runs/cut").glob("state-*"))
     assert states == ["state-estep-2.0.pt", "state-estep-3.0.pt"]
-    damage(tmp_path / "runs/cut/state-estep-3.0.pt", how)
+    damage(tmp_path / "runs/cut/state-estep-3.0.pt", "overwritten")
     done = run(tmp_path, "--name", "cut", "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "state-estep-3.0.pt is damaged" in done.stderr and "Traceback" not in done.stderr
     same(tmp_path / "runs/cut", whole[0])
+
+
+def test_every_kind_of_damage_is_seen(tmp_path, capsys):
+    run, file, record = train.Run(train.Settings(), tmp_path), tmp_path / "state-estep-2.0.pt", dict(phase="estep", step=1, grad_norm=0.5)
+    train.save(dict(optimizer={}, model={"w": torch.arange(9000.0)}), file)
+    whole_file = file.read_bytes()
+    assert run.has_checkpoint(record) and not run.has_checkpoint(record | dict(step=2)) and not run.has_checkpoint(dict(phase="estep", step=1, nll=0.5))
+    for how in ("empty", "truncated", "zeros", "overwritten"):
+        file.write_bytes(whole_file)
+        damage(file, how)
+        assert not run.has_checkpoint(record) and "state-estep-2.0.pt is damaged" in capsys.readouterr().err, how
 
 
 @pytest.mark.parametrize("how", ("zeros",))
