@@ -64,7 +64,7 @@ def damage(file: Path, how: str):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_path):
-    """An E-step of 4 updates is stopped after the fourth: there are checkpoints after two, and (made here) after three."""
+    """An E-step of 4 updates, stopped in the fourth: there are checkpoints after two and after three."""
     process = start_until(tmp_path, [*[f if f != "2" or SMALL[i - 1] != "--save-every" else "1" for i, f in enumerate(SMALL)], "--name", "cut"], "estep", 2)
     while not (tmp_path / "runs/cut/state-estep-3.0.pt").exists():       # the fourth update takes longer than a look
         time.sleep(0.01)
