@@ -712,7 +712,7 @@ def main(s: Settings):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    base, enc = load_pretrained(s.run.model)
+    base, enc = load_pretrained(s.run.model, "meta")         # no weights: stages load what they train
     base.limit = min(s.run.context, base.limit)
     earlier = Path("runs") / s.run.name
     resumed = s.run.resume and (earlier / "config.json").exists()
