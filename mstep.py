@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import elbo
 from bench import hub_rows, local_rows
@@ -120,7 +121,7 @@ def action_nll(model, traces: list[Trace], openers: Tensor, micro_batch: int = 3
     usual loss.
     """
     sums = dict(nats=0.0, actions=0)
-    for part in chunks(traces, micro_batch):
+    for part in bar(chunks(traces, micro_batch), "score"):
         batch = elbo.collate(part, openers.device)
         _, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
         sums["nats"] -= elbo.log_pi(token, batch).sum().item()
@@ -140,6 +141,12 @@ def total(sums: dict[str, float]) -> dict[str, float]:
     values = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return dict(zip(sums, values.tolist()))
+
+
+def bar(items, what: str):
+    """The items, beside a progress bar on the first rank; none for what is done in two seconds."""
+    silent = dist.is_initialized() and dist.get_rank() > 0
+    return tqdm(items, what, leave=False, delay=2, mininterval=1.0, disable=silent)
 
 
 def optimize(model: GPT, optimizer, losses, count: float, clip: float = 1.0) -> float:
@@ -169,57 +176,64 @@ def optimize(model: GPT, optimizer, losses, count: float, clip: float = 1.0) -> 
     return norm
 
 
-class Masters:
-    """An optimizer of bfloat16 weights with float32 masters and moments, of which each rank owns a share
-    (ZeRO-1).
+class Masters(torch.optim.Optimizer):
+    """An optimizer with float32 masters of the weights, and moments, of which each rank owns a share (ZeRO-1).
 
-    device: where masters and moments live, 12 bytes for each weight of the share ("cpu": in main memory). At
-    a learning rate of 1e-5 an update is less than half of the last place of a bfloat16 weight of 0.02:
-    without masters it would be rounded away. What remains inexact are the gradients, summed in bfloat16, and
-    the rounding at the end of a stage.
+    device: where they live, 12 bytes for each weight of the share ("cpu": in main memory). Weights that are
+    float32 there are their own masters. At a learning rate of 1e-5 an update is less than half of the last
+    place of a bfloat16 weight of 0.02: without masters it would be rounded away. What remains inexact are the
+    gradients, summed in bfloat16, and the rounding at the end of a stage.
     """
 
     def __init__(self, kind, params, device, **options):
-        self.rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.params, load, self.owner = list(params), [0] * ranks, {}
-        for p in sorted(self.params, key=lambda p: -p.numel()):      # the largest first, to whoever has least
-            self.owner[p] = load.index(min(load))
-            load[self.owner[p]] += p.numel()
-        self.mine = [p for p in self.params if self.owner[p] == self.rank]
-        self.masters = [p.detach().to(device, torch.float32, copy=True) for p in self.mine]
-        self.inner = kind(self.masters, **options)
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.params, load = list(params), [0] * ranks
+        sizes = [p.numel() for p in self.params]
+        self.owner = [0] * len(sizes)
+        for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):     # the largest first, to who has least
+            self.owner[n] = load.index(min(load))
+            load[self.owner[n]] += sizes[n]
+        self.masters = {n: p.detach().to(device, torch.float32)
+                        for n, p in enumerate(self.params) if self.owner[n] == rank}
+        self.inner = kind(list(self.masters.values()), **options)
 
     @property
     def param_groups(self) -> list[dict]:
         return self.inner.param_groups
 
     def zero_grad(self, set_to_none: bool = True):
-        for p in self.params + self.masters:
+        for p in [*self.params, *self.masters.values()]:
             p.grad = None
 
     @torch.no_grad()
     def step(self):
-        for p, master in zip(self.mine, self.masters):
-            master.grad = None if p.grad is None else p.grad.to(master)
+        for n, master in self.masters.items():
+            grad = self.params[n].grad
+            master.grad = None if grad is None else grad.to(master)
         self.inner.step()
         self.publish()
 
     @torch.no_grad()
     def publish(self):
         """The weights, on all ranks, are the masters rounded."""
-        for p, master in zip(self.mine, self.masters):
-            p.copy_(master)
-        for p in self.params if dist.is_initialized() else ():
-            dist.broadcast(p, self.owner[p])
+        for n, p in enumerate(self.params):
+            if n in self.masters:
+                p.copy_(self.masters[n])
+            if dist.is_initialized():
+                dist.broadcast(p, self.owner[n])
 
     def state_dict(self) -> dict:
-        return dict(masters=self.masters, inner=self.inner.state_dict())
+        """{number of a weight: its master, and what the optimizer keeps of it}, of this rank's share."""
+        return {n: {"master": master, **self.inner.state[master]} for n, master in self.masters.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
-        self.inner.load_state_dict(state["inner"])
-        for master, saved in zip(self.masters, state["masters"], strict=True):
-            master.copy_(saved)
+        """From the shares of all ranks, of however many, in one dict."""
+        inner = self.inner.state_dict()
+        for i, (n, master) in enumerate(self.masters.items()):
+            master.copy_(state[n]["master"])
+            inner["state"][i] = {k: v for k, v in state[n].items() if k != "master"}
+        self.inner.load_state_dict(inner)
         self.publish()
 
 
