@@ -45,10 +45,9 @@ class MStepConfig:
 
 
 def m_update(model: GPT, optimizer, traces: list[Trace], micro_batch: int = 32) -> dict[str, float]:
-    """One update of the model, in place, on this rank's share of the traces. micro_batch: packed rows per
-    pass.
+    """One update of the model, in place, on this rank's share of the traces.
 
-    Returns what to watch, over all ranks; loss: nats per trained token.
+    micro_batch: packed rows per pass. Returns what to watch, over all ranks; loss: nats per trained token.
     """
     length = max((len(t.tokens) for t in traces), default=0)           # a rank may have none
     rows = chunks(pack(traces, length), micro_batch)
@@ -76,8 +75,7 @@ def loss(model, batch: Batch) -> Tensor:
 
 
 def pack(traces: list[Trace], length: int) -> list[list[int]]:
-    """Group traces into rows of at most `length` tokens, first fit in order of decreasing length: lists of
-    indices.
+    """Rows of indices of traces, at most `length` tokens a row: first fit in order of decreasing length.
 
     Raises ValueError for a trace that is longer than a row.
     """
@@ -114,8 +112,7 @@ def packed_batch(traces: list[Trace], rows: list[list[int]], device=None) -> Bat
 
 @torch.no_grad()
 def action_nll(model, traces: list[Trace], openers: Tensor, micro_batch: int = 32) -> float:
-    """-log pi(a_t | s_t, z_t) per action token, in nats, over all ranks: the same tokens with and without
-    latents.
+    """-log pi(a_t | s_t, z_t) per action token, in nats, over all ranks; with latents and without the same.
 
     A line's first token is scored given that it is no comment, for NTP as for RA3: a little less than NTP's
     usual loss.
@@ -133,6 +130,11 @@ def action_nll(model, traces: list[Trace], openers: Tensor, micro_batch: int = 3
 # ---------------------------------------------------------------- one optimizer step, on any number of ranks
 
 
+def ranks() -> tuple[int, int]:
+    """The number of this process, and of all that train together."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def total(sums: dict[str, float]) -> dict[str, float]:
     """The sums of named numbers over all ranks."""
     if not dist.is_initialized():
@@ -144,9 +146,8 @@ def total(sums: dict[str, float]) -> dict[str, float]:
 
 
 def bar(items, what: str):
-    """The items, beside a progress bar on the first rank; none for what is done in two seconds."""
-    silent = dist.is_initialized() and dist.get_rank() > 0
-    return tqdm(items, what, leave=False, delay=2, mininterval=1.0, disable=silent)
+    """The items, beside a progress bar on the first rank unless they are done within two seconds."""
+    return tqdm(items, what, leave=False, delay=2, mininterval=1.0, disable=ranks()[0] > 0)
 
 
 def optimize(model: GPT, optimizer, losses, count: float, clip: float = 1.0) -> float:
@@ -177,24 +178,23 @@ def optimize(model: GPT, optimizer, losses, count: float, clip: float = 1.0) -> 
 
 
 class Masters(torch.optim.Optimizer):
-    """An optimizer with float32 masters of the weights, and moments, of which each rank owns a share (ZeRO-1).
+    """An optimizer with float32 masters of the weights, of which each rank owns a share (ZeRO-1).
 
-    device: where they live, 12 bytes for each weight of the share ("cpu": in main memory). Weights that are
-    float32 there are their own masters. At a learning rate of 1e-5 an update is less than half of the last
-    place of a bfloat16 weight of 0.02: without masters it would be rounded away. What remains inexact are the
-    gradients, summed in bfloat16, and the rounding at the end of a stage.
+    device: where masters and moments live, 12 bytes for each weight of the share ("cpu": in main memory);
+    float32 weights there are their own masters. At a learning rate of 1e-5 an update is less than half of the
+    last place of a bfloat16 weight of 0.02: without masters it would be rounded away. What remains inexact
+    are the gradients, summed in bfloat16, and the rounding at the end of a stage.
     """
 
     def __init__(self, kind, params, device, **options):
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.params, load = list(params), [0] * ranks
-        sizes = [p.numel() for p in self.params]
-        self.owner = [0] * len(sizes)
-        for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):     # the largest first, to who has least
+        rank, n_ranks = ranks()
+        self.params, load, self.owner, self.masters = list(params), [0] * n_ranks, {}, {}
+        sizes = {n: p.numel() for n, p in enumerate(self.params)}
+        for n in sorted(sizes, key=lambda n: -sizes[n]):                 # the largest first, to who has least
             self.owner[n] = load.index(min(load))
             load[self.owner[n]] += sizes[n]
-        self.masters = {n: p.detach().to(device, torch.float32)
-                        for n, p in enumerate(self.params) if self.owner[n] == rank}
+            if self.owner[n] == rank:
+                self.masters[n] = self.params[n].detach().to(device, torch.float32)
         self.inner = kind(list(self.masters.values()), **options)
 
     @property

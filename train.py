@@ -76,8 +76,8 @@ class RunConfig:
     sample_batch: Annotated[int, "sequences sampled at a time; changes memory, not the result"] = 256
     context: Annotated[int, "longest sequence in tokens, where the model allows more"] = 2 ** 20
     save_memory: Annotated[Literal["none", "recompute", "shard", "offload"],
-                           "each with those before it: recompute blocks in the backward pass; shard float32 "
-                           "masters of bfloat16 weights over the ranks; move them to main memory"] = "none"
+                           "each with those before it: recompute blocks in the backward pass; train bfloat16 "
+                           "weights, float32 masters shared among the ranks; all in main memory"] = "none"
     save_every: Annotated[int, "updates between checkpoints"] = 25
 
 
@@ -102,7 +102,7 @@ class Settings:
 
         def need(fact, name: str, expected: str):
             if not fact:
-                raise ValueError(f"--{name.replace('_', '-')} {values[name]}: {expected}")
+                raise ValueError(f"{flag(name)} {values[name]}: {expected}")
         for name, value in values.items():
             if type(value) in (int, float):
                 least, most = RANGES.get(name, (int(type(value) is int), math.inf))
@@ -116,12 +116,10 @@ class Settings:
 
 
 # The least and the most of a flag. Others are at least 0, whole numbers at least 1.
-ANY, SOME, SHARE = (0, math.inf), (2, math.inf), (0, 1)
-RANGES = dict(
-    seed=ANY, e_steps=ANY, m_steps=ANY, rl_steps=ANY, warm_steps=ANY, e_lr=SHARE, m_lr=SHARE, rl_lr=SHARE,
-    gamma=SHARE, p_think=(0.001, 0.999), explore=(0, 0.99),
-    e_rollouts=SOME, rl_group=SOME)                     # a baseline is the mean of others
-PHASES = dict(run=RunConfig, e=estep.EStepConfig, m=mstep.MStepConfig, rl=rlvr.RLVRConfig)
+RANGES = dict.fromkeys(("seed", "e_steps", "m_steps", "rl_steps", "warm_steps"), (0, math.inf))
+RANGES |= dict.fromkeys(("e_lr", "m_lr", "rl_lr", "gamma"), (0, 1))
+RANGES |= dict(p_think=(0.001, 0.999), explore=(0, 0.99))
+RANGES |= dict.fromkeys(("e_rollouts", "rl_group"), (2, math.inf))       # a baseline is the mean of others
 SAVINGS = get_args(get_type_hints(RunConfig)["save_memory"])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAY_CHANGE = {"name", "resume", "micro_batch", "sample_batch", "save_every", "data_dir"}   # at a resume
@@ -136,39 +134,48 @@ RECIPES = {"world": {}} | {name: dict(ini[name]) for name in ini.sections()}
 
 
 def parse_flags(argv: list[str] | None = None) -> Settings:
-    """Settings from the command line, before the recipe's or those of a resumed run, before the defaults.
+    """Settings from the command line, before the recipe's or a resumed run's, before the defaults.
 
-    Raises ValueError for an unknown recipe, and for a flag of which a resumed run has another value.
+    Raises ValueError for an unknown recipe, and for a flag of which the run to be resumed has another value.
     """
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  allow_abbrev=False)
-    for config in PHASES.values():
-        group = ap.add_argument_group(config.__name__, config.__doc__)
-        for name, hint in get_type_hints(config, include_extras=True).items():
+    s, earlier = Settings(), {}
+    configs = (s.run, s.e, s.m, s.rl)
+    for config in configs:
+        group = ap.add_argument_group(type(config).__name__, config.__doc__)
+        for name, hint in get_type_hints(type(config), include_extras=True).items():
             kind, default = hint.__origin__, getattr(config, name)
             how = dict(choices=get_args(kind)) if get_args(kind) else dict(type=kind)
             if kind is bool:
                 how = dict(action="store_true")
             why = f"{hint.__metadata__[0]} (default: {default})".replace("%", "%%")
-            group.add_argument("--" + name.replace("_", "-"), help=why, default=default, **how)
-    given, earlier, unfit = ap.parse_args(argv), {}, None
+            group.add_argument(flag(name), help=why, default=default, **how)
+    given = ap.parse_args(argv)
     if given.recipe not in RECIPES:
         raise ValueError(f"--recipe {given.recipe}: expected one of {', '.join(RECIPES)}")
     ap.set_defaults(**RECIPES[given.recipe])         # and once more: what the command line says still wins
-    folder = Path("runs") / given.name
-    if given.resume and (folder / "config.json").exists():
-        earlier, unfit = read_config(folder / "config.json")
+    file = Path("runs") / given.name / "config.json"
+    if given.resume and file.exists():
+        try:
+            config = json.loads(file.read_text())
+            earlier, s.unfit = dict(config["settings"]), dict(config["unfit"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{file} is damaged: start again under another --name") from None
         ap.set_defaults(**earlier)
-    flags, s = vars(ap.parse_args(argv)), Settings(unfit=unfit)
-    for phase, config in PHASES.items():
-        setattr(s, phase, config(**{name: flags[name] for name in config.__dataclass_fields__}))
+    given = vars(ap.parse_args(argv))
+    for config in configs:
+        vars(config).update({name: given[name] for name in vars(config)})
     if math.isinf(s.e.c):                            # no rationale is worth its price
         s.e.rationales = "never"
     for name, value in s.flat().items():
-        if earlier and name not in MAY_CHANGE and value != earlier.get(name):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {value}: {folder} was started with {earlier.get(name)}, which stays")
+        if name not in MAY_CHANGE and value != (was := earlier.get(name, value)):
+            raise ValueError(f"{flag(name)} {value}: {file.parent} was started with {was}, which stays")
     return s
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 # ----------------------------------------------------------------------------------------- the paper's story
@@ -235,20 +242,18 @@ def e_step(run: "Run", stage: str, q: GPT, data: "Data", experts: list[Program])
 
 def infuse(run: "Run", q: str, data: "Data", experts: list[Program], cfg, tag: str) -> tuple[list, list]:
     """Traces of the experts' and the held-out programs, with rationales drawn from q that keep the format."""
-    model, cfg, batch = run.load(q), dataclasses.replace(cfg, explore=0.0), run.s.run.sample_batch
-    drawn: dict[str, list[Trace]] = {}
+    model, cfg, drawn = run.load(q), dataclasses.replace(cfg, explore=0.0), []
 
     def draw() -> dict:
-        for what, programs in {"experts" + tag: experts, "heldout": data.heldout}.items():
-            drawn[what] = []
-            for part in mstep.bar(elbo.chunks(run.mine(range(len(programs))), batch), "infuse " + what):
-                seeds = [run.draw("infuse " + what, i) for i in part]
-                picked = [programs[i] for i in part]
-                drawn[what] += estep.rollout(model, data.enc, picked, seeds, data.openers, cfg, batch)
-        return mstep.total({"tokens": sum(map(estep.rollout_tokens, drawn["experts" + tag]))})
+        for what, programs in ("experts" + tag, experts), ("heldout", data.heldout):
+            numbers = run.mine(range(len(programs)))
+            mine, seeds = [programs[i] for i in numbers], [run.draw("infuse " + what, i) for i in numbers]
+            how = data.openers, cfg, run.s.run.sample_batch
+            drawn.append(estep.rollout(model, data.enc, mine, seeds, *how))
+        return mstep.total({"tokens": sum(map(estep.rollout_tokens, drawn[0]))})
     if not run.once("cost/infuse" + tag, draw):
         draw()                                       # again, of a run that was stopped since
-    train, heldout = (run.gather([estep.without_broken(t) for t in traces]) for traces in drawn.values())
+    train, heldout = (run.gather([estep.without_broken(t) for t in traces]) for traces in drawn)
     text = "".join(json.dumps(vars(trace) | {"broken": []}) + "\n" for trace in heldout)
     if run.rank == 0:
         write_whole(run.dir / f"infused{tag}.jsonl", lambda tmp: tmp.write_text(text))
@@ -279,93 +284,81 @@ def grpo(run: "Run", stage: str, model: GPT, data: "Data"):
     """RLVR by GRPO, with the accuracy on held-out problems on the way."""
     cfg = run.s.rl
     optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
-
-    def probe(step: int):
-        run.log(phase=stage, step=step, greedy=accuracy(run, model, data, CURVE_PROBLEMS)["pass@1"])
     for step in run.steps(stage, optimizer, cfg.rl_steps, cfg.rl_lr, warmup=5):
         if step % 5 == 0:
-            probe(step)
+            run.log(phase=stage, step=step, greedy=accuracy(run, model, data, CURVE_PROBLEMS)["pass@1"])
         picked, seeds = run.pick("rlvr", step, len(data.rl_problems), cfg.rl_problems, cfg.rl_group)
         problems = [data.rl_problems[i] for i in picked]
         stats = rlvr.rl_update(model, optimizer, data.enc, problems, seeds, data.box, cfg, **run.batches)
         run.log(phase=stage, step=step, **stats)
-    probe(cfg.rl_steps)
+    run.log(phase=stage, step=cfg.rl_steps, greedy=accuracy(run, model, data, CURVE_PROBLEMS)["pass@1"])
 
 
 def accuracy(run: "Run", model: GPT, data: "Data", problems: int, samples: int = 1) -> dict[str, float]:
     """Unbiased pass@k on the first held-out problems: one greedy sample, or several at temperature 1."""
     numbers, batch = run.mine(range(min(problems, len(data.eval_problems)))), run.s.run.sample_batch
     asked, passed = [(i, j) for i in numbers for j in range(samples)], []
-    # Some batches at a time: as rows end others take their places, at the last of them no more.
-    for part in mstep.bar(elbo.chunks(asked, 4 * batch), "evaluate"):
+    for part in mstep.bar(elbo.chunks(asked, 4 * batch), "evaluate"):    # a batch would wait for its longest
         seeds = [run.draw("eval", i, j) for i, j in part]
         tries = [data.eval_problems[i] for i, _ in part]
         passed += bench.attempt(model, data.enc, tries, seeds, data.box, temperature=float(samples > 1),
                                 max_new_tokens=run.s.rl.max_new_tokens, batch_size=batch)[1]
-    right = [sum(part) for part in elbo.chunks(passed, samples)]
-    sums = {f"pass@{k}": sum(bench.pass_at_k(samples, c, k) for c in right) for k in {1, samples}}
-    sums = mstep.total(sums | {"problems": len(right)})
-    n = sums.pop("problems")
-    return {k: value / n for k, value in sums.items()}
+    right = run.gather([sum(part) for part in elbo.chunks(passed, samples)])
+    chances = {k: [bench.pass_at_k(samples, c, k) for c in right] for k in (1, samples)}
+    return {f"pass@{k}": sum(p) / len(p) for k, p in chances.items()}
 
 
 def evaluate(run: "Run", name, data: "Data") -> dict[str, float]:
     """Greedy accuracy and, at temperature 1, pass@1 and pass@5 on all held-out problems."""
     model, n = run.load(name), len(data.eval_problems)
-    sampled = accuracy(run, model, data, n, SAMPLES)
-    return dict(greedy=accuracy(run, model, data, n)["pass@1"], **sampled, problems=n)
+    greedy = accuracy(run, model, data, n)["pass@1"]
+    return dict(greedy=greedy, **accuracy(run, model, data, n, SAMPLES), problems=n)
 
 
 # -------------------------------------------------------------------------------------------------- the data
 
 
 class Data:
-    """What all phases share: tokenizer, comment openers, programs and problems, the sandbox.
-
-    Raises ValueError, in one sentence, for data that cannot be read, is not Python, or is too little.
-    """
+    """What all phases share. Raises ValueError, in one sentence, for data that is damaged or too little."""
 
     def __init__(self, s: Settings, base: GPT, enc, box: Sandbox):
         self.s, self.enc, self.box, self.eos = s, enc, box, base.config.eos_id
         self.limit = min(s.run.context, base.limit)
         self.openers = elbo.opener_mask(enc).to(DEVICE)                                            # (V,)
-        self.eval_problems, long = self.read_problems(s.run.benchmark, s.run.eval_problems, "eval", seed=0)
-        for name, why in long.items():
-            raise ValueError(f"{s.run.benchmark}: {name}: {why}; lower --max-new-tokens")
-        self.unfit, self.rl_problems = s.unfit or {}, []
-        if s.rl.rl_steps:
-            self.read_rl_problems()
+        run, new, self.unfit = s.run, s.rl.max_new_tokens, s.unfit or {}
+        long = f"its prompt leaves less than {new} of the {self.limit} tokens"
+        self.eval_problems = self.read_problems(run.benchmark, run.eval_problems, "eval", seed=0)
+        for p in self.eval_problems:
+            if not self.fits(p):
+                raise ValueError(f"{run.benchmark}: {p.id}: {long}; lower --max-new-tokens")
+        problems = self.read_problems(run.rl_data, RL_POOL, "train", seed=1) if s.rl.rl_steps else []
+        if s.unfit is None:
+            self.unfit = {p.id: long for p in problems if not self.fits(p)}
+            if run.rl_data != "world":               # all of the world's are fit
+                rest = [p for p in problems if self.fits(p)]
+                self.unfit |= from_first(lambda: bench.unfit_for_rl(rest, box))
+        self.rl_problems = [p for p in problems if p.id not in self.unfit]
+        if s.rl.rl_steps and len(self.rl_problems) < s.rl.rl_problems:
+            raise ValueError(f"{run.rl_data}: {len(self.rl_problems)} problems are fit for RL, "
+                             f"{s.rl.rl_problems} are needed; lower --rl-problems")
         self.first_row = 0                           # of the experts' corpus
-        self.warm = self.read_commented() if s.run.warm_steps else []
-        self.heldout = self.parse(s.run.benchmark, self.eval_problems, 1)
+        self.warm = self.read_commented() if run.warm_steps else []
+        self.heldout = self.parse(run.benchmark, self.eval_problems, 1)
         self.experts = self.read_experts(0)
 
     def size(self, text: str) -> int:
         return len(encode_prompt(self.enc, text))
 
-    def read_problems(self, name: str, n: int, kind: str, seed: int) -> tuple[list[Problem], dict[str, str]]:
-        """n problems of the world or of benchmarks; {id: why} of those that leave no room for an answer."""
+    def fits(self, p: Problem) -> bool:
+        """Does the prompt leave room for an answer?"""
+        return self.size(p.prompt) <= self.limit - self.s.rl.max_new_tokens
+
+    def read_problems(self, name: str, n: int, kind: str, seed: int) -> list[Problem]:
         if name == "world":
             found = bench.world(kind, n, seed)
         else:
             found = bench.load(name, self.s.run.data_dir or None, limit=n)
-        new = self.s.rl.max_new_tokens
-        why = f"its prompt leaves less than {new} of the {self.limit} tokens"
-        long = {p.id: why for p in found if self.size(p.prompt) > self.limit - new}
-        return [dataclasses.replace(p, timeout_s=TIME_LIMIT_S) for p in found], long
-
-    def read_rl_problems(self):
-        name, least = self.s.run.rl_data, self.s.rl.rl_problems
-        problems, long = self.read_problems(name, RL_POOL, "train", seed=1)
-        if self.s.unfit is None:
-            self.unfit = long
-            if name != "world":                      # all of the world's are fit
-                rest = [p for p in problems if p.id not in long]
-                self.unfit |= from_first(lambda: bench.unfit_for_rl(rest, self.box))
-        self.rl_problems = [p for p in problems if p.id not in self.unfit]
-        if len(self.rl_problems) < least:
-            raise ValueError(f"{name}: {len(self.rl_problems)} problems are fit for RL, {least} are needed; "
-                             "lower --rl-problems")
+        return [dataclasses.replace(p, timeout_s=TIME_LIMIT_S) for p in found]
 
     def parse(self, name: str, problems: Iterable[Problem], least: int) -> list[Program]:
         """The problems' solutions as programs, of those that fit the context with room for a rationale."""
@@ -399,33 +392,30 @@ class Data:
 
     def read_commented(self) -> list[Trace]:
         """Programs with their authors' comments, at a tenth of their lines at least."""
-        run, e, n, out = self.s.run, self.s.e, self.s.m.m_programs, []
+        run, e, least, found = self.s.run, self.s.e, self.s.m.m_programs, []
         corpus = mstep.corpus(run.warm_data, run.column, self.limit - 2, self.size, comments=True)
-        for row, text in mstep.bar(corpus, "warm-up programs"):
+        for row, text in mstep.bar(corpus, "read the warm-up's programs"):
             trace = elbo.parse_commented(self.enc, text, self.eos, e.max_rationale, e.max_comments)
             if np.mean(trace.thinks()) >= 0.1:
-                out.append(trace)
-            if len(out) == run.warm_steps * n:
+                found.append(trace)
+            if len(found) == run.warm_steps * least:
                 self.first_row = (row + 1) * (run.warm_data == run.data)    # the experts' programs are others
                 break
-        if len(out) < n:
-            raise ValueError(f"--warm-data {run.warm_data}: {len(out)} programs have comments at a tenth "
-                             f"of their lines, {n} are needed; lower --m-programs")
-        return out
+        if len(found) < least:
+            raise ValueError(f"--warm-data {run.warm_data}: {len(found)} programs have comments at a tenth "
+                             f"of their lines, {least} are needed; lower --m-programs")
+        return found
 
 
 # -------------------------------------------------------------------------------- the plumbing of all phases
 
 
 class Run:
-    """One process's view of a run: its ranks, folder, log and checkpoints.
+    """One process's view of a run: its ranks, folder, log and checkpoints."""
 
-    kept: the precision of the models that it leaves; None: that in which they are trained.
-    """
-
-    def __init__(self, s: Settings, folder: Path, enc=None, kept: torch.dtype | None = None):
-        self.s, self.dir, self.enc, self.kept, self.device = s, folder, enc, kept, DEVICE
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    def __init__(self, s: Settings, folder: Path, enc=None):
+        self.s, self.dir, self.enc, self.device = s, folder, enc, DEVICE
+        self.rank, self.ranks = mstep.ranks()
         self.batches = dict(micro_batch=s.run.micro_batch, sample_batch=s.run.sample_batch)
         self.saving = SAVINGS.index(s.run.save_memory)
         self.records = from_first(self.recover)
@@ -446,13 +436,10 @@ class Run:
 
     def gather(self, items: list) -> list:
         """All ranks' shares, put back in order."""
-        shares: list = [items] * self.ranks
+        shares = [items] * self.ranks
         if self.ranks > 1:
             dist.all_gather_object(shares, items)
-        out = [None] * sum(map(len, shares))
-        for rank, share in enumerate(shares):
-            out[rank::self.ranks] = share
-        return out
+        return [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
 
     def say(self, text: str):
         if self.rank == 0:
@@ -460,9 +447,10 @@ class Run:
 
     def load(self, name) -> GPT:
         """A model of a folder or the hub on this rank's device, in the precision that the run asks for."""
-        model, _ = load_pretrained(name, self.device, torch.bfloat16 if self.saving >= 2 else torch.float32)
+        model, _ = load_pretrained(name, self.device, None)
+        model.kept = model.embed_tokens.weight.dtype                            # in which a stage is written
         model.limit, model.grad_checkpoint = min(self.s.run.context, model.limit), self.saving >= 1
-        return model
+        return model.to(torch.bfloat16 if self.saving >= 2 else torch.float32)
 
     def optimizer(self, kind, model: GPT, **options) -> mstep.Masters:
         device = "cpu" if self.saving == 3 else self.device
@@ -470,20 +458,17 @@ class Run:
 
     def stage(self, name: str, start, loop, *args) -> Path:
         """Train a copy of `start` by loop(run, name, model, *args) and keep it in the folder `name`, once."""
-        folder = self.dir / name
-
         def train() -> dict:
             model = self.load(start)
             loop(self, name, model, *args)
             if self.rank == 0:
-                model.save_pretrained(folder, self.kept)
-                save_tokenizer(self.enc, folder)
+                model.save_pretrained(self.dir / name, model.kept)
+                save_tokenizer(self.enc, self.dir / name)
             tokens = sum(r.get("tokens", 0) for r in self.records if r.get("phase") == name)
             peak = torch.cuda.max_memory_allocated() / 1e9                          # of all stages so far
             return dict(tokens=tokens, peak_gb=round(peak, 2))
-        if self.once(f"cost/{name}", train):         # a crash before this only repeats the end of the stage
-            self.delete_checkpoints(but=0)
-        return folder
+        self.once(f"cost/{name}", train)
+        return self.dir / name
 
     def steps(self, stage: str, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0):
         """Yield the steps still to do of 0..n-1, learning rate set: a linear warm-up times a fall by `decay`.
@@ -493,10 +478,8 @@ class Run:
         last = self.records[-1] if self.records else {}
         first = 0
         if last.get("phase") == stage:
-            first, state = last["step"] + 1, {}
-            for file in self.checkpoint(len(self.records)):
-                state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            optimizer.load_state_dict(state)
+            first = last["step"] + 1
+            optimizer.load_state_dict(self.checkpoint(len(self.records)))
         bar = tqdm(range(first, n), stage, n, initial=first, disable=self.rank > 0, mininterval=1.0)
         for step in bar:
             for group in optimizer.param_groups:
@@ -511,9 +494,9 @@ class Run:
                 name = f"state-{len(self.records)}.{self.rank}of{self.ranks}.pt"
                 save(optimizer.state_dict(), self.dir / name)
                 barrier()
-                self.delete_checkpoints(but=2)
-
-    # the log: a line for each update, and for each piece of work that is done once
+                files = sorted(self.dir.glob("state-*.pt"), key=lambda file: file.stat().st_mtime)
+                for file in files[:-2 * self.ranks] if self.rank == 0 else ():
+                    file.unlink()                # but the last, and the one before it should that be damaged
 
     def log(self, **record):
         self.records.append(record)
@@ -525,20 +508,18 @@ class Run:
         """Do a piece of the run and log what it returns as `key`, for good, unless that is there already."""
         if self.done(key):
             return False
-        self.announce(key.removeprefix("cost/"))
+        spent, n = [r.get("seconds", 0) for r in self.records if "key" in r], count_stages(self.s)
+        left = f", about {np.mean(spent) * (n - len(spent)) / 60:.0f} minutes left" if spent else ""
+        self.say(f"stage {len(spent) + 1} of {n}: {key.removeprefix('cost/')}{left}")
         began = time.time()
         result = work()
         self.log(key=key, seconds=round(time.time() - began, 1), **result)
         if self.rank == 0:
             os.fsync(self.file.fileno())
+            for file in self.dir.glob("state-*.pt"):
+                file.unlink()
         barrier()
         return True
-
-    def announce(self, name: str):
-        """Print what begins and, should all take as long as what is done, the time left."""
-        done, n = [r.get("seconds", 0) for r in self.records if "key" in r], count_stages(self.s)
-        left = np.mean(done) * (n - len(done)) / 60 if done else math.nan
-        self.say(f"stage {len(done) + 1} of {n}: {name}" + f", about {left:.0f} minutes left" * bool(done))
 
     def done(self, key: str) -> bool:
         return any(r.get("key") == key for r in self.records)
@@ -548,10 +529,7 @@ class Run:
         return sum(r["tokens"] for r in self.records if r.get("key", "").split(".")[0] == f"cost/{stage}")
 
     def recover(self) -> list[dict]:
-        """The log up to its last whole checkpoint or finished piece of work; the file is cut back to there.
-
-        Raises ValueError if another process writes it.
-        """
+        """The log, locked, cut back to its last whole checkpoint or finished piece of work."""
         path, records = self.dir / "metrics.jsonl", []
         self.file = open(path, "ab")
         try:
@@ -570,29 +548,21 @@ class Run:
         os.truncate(path, sum(map(len, lines[:len(records)])))
         return records
 
-    def checkpoint(self, n: int) -> list[Path]:
-        """The files, each of a rank, of the state after n records of the log; none if one is not whole."""
-        files = sorted(self.dir.glob(f"state-{n}.*.pt"))
-        complete = {f"state-{n}.{rank}of{len(files)}.pt" for rank in range(len(files))}
-        whole = complete == {file.name for file in files} and all(map(is_whole, files))
-        return files if whole else []
-
-    def delete_checkpoints(self, but: int):
-        """Delete all checkpoints but the newest: the last, and the one before it should that be damaged."""
-        files = sorted(self.dir.glob("state-*.pt"), key=lambda file: -file.stat().st_mtime)
-        for file in files[but * self.ranks:] if self.rank == 0 else ():
-            file.unlink()
-
-
-def is_whole(file: Path) -> bool:
-    """Do the checksums in a file of torch.save agree with what it holds?"""
-    try:
-        fault = zipfile.ZipFile(file).testzip()
-    except (OSError, zipfile.BadZipFile) as e:
-        fault = e
-    if fault:
-        print(f"{file} is damaged ({fault}); going on from the one before it", file=sys.stderr)
-    return not fault
+    def checkpoint(self, n: int) -> dict | None:
+        """The state after n records of the log, all ranks' shares together; None unless all are whole."""
+        files, state = list(self.dir.glob(f"state-{n}.*.pt")), {}
+        if {file.name for file in files} != {f"state-{n}.{i}of{len(files)}.pt" for i in range(len(files))}:
+            return None
+        for file in files:
+            try:
+                fault = zipfile.ZipFile(file).testzip()                                # compares checksums
+            except (OSError, zipfile.BadZipFile) as e:
+                fault = e
+            if fault:
+                print(f"{file} is damaged ({fault}); going on from the one before it", file=sys.stderr)
+                return None
+            state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return state
 
 
 def save(state: dict, file: Path):
@@ -627,18 +597,8 @@ def from_first(work):
     return answer[0]
 
 
-def read_config(file: Path) -> tuple[dict, dict]:
-    """Settings and unfit problems of a run. Raises ValueError, with the file's name, if it is damaged."""
-    try:
-        config = json.loads(file.read_text())
-        return dict(config["settings"]), dict(config["unfit"])
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{file} is damaged: start again under another --name") from None
-
-
 def start_folder(s: Settings, unfit: dict[str, str]) -> Path:
-    """runs/<name>, made with its config.json unless that is to be resumed: settings, unfit problems, versions.
-    """
+    """runs/<name>, made with its config.json (settings, unfit problems, versions) unless it is resumed."""
     folder = Path("runs") / (s.run.name or time.strftime("%Y%m%d-%H%M%S"))
     file = folder / "config.json"
     if s.run.resume and not file.exists():
@@ -670,12 +630,12 @@ def main(s: Settings):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
         dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
-    base, enc = load_pretrained(s.run.model, "meta", None)    # no weights, but their precision
+    base, enc = load_pretrained(s.run.model, "meta")         # no weights: stages load what they train
     began = time.time()
     with Sandbox() as box:
         data = Data(s, base, enc, box)          # first of all: bad data leaves nothing behind
         folder = from_first(lambda: start_folder(s, data.unfit))
-        run = Run(s, folder, enc, base.embed_tokens.weight.dtype)
+        run = Run(s, folder, enc)
         run.say(f"{folder}: {len(data.experts)} expert programs, {len(data.eval_problems)} held-out problems,"
                 f" {len(data.rl_problems)} for RL ({len(data.unfit)} unfit)")
         try:
