@@ -1,5 +1,4 @@
-"""The M-step: fine-tuning on infused data (paper, section 3); next-token prediction is the case without
-latents.
+"""The M-step: fine-tuning on infused data (paper, section 3). Without latents it is next-token prediction.
 
 With q fixed, max_pi E_q sum_t log pi(a_t | s_t, z_t) is next-token prediction on the programs that q has
 infused. The rationales are trained on as well, since at test time the model must write them itself:
@@ -7,9 +6,8 @@ infused. The rationales are trained on as well, since at test time the model mus
     loss = - 1/N sum over rationale and action tokens of log p(token | what stands before it)
 
 with N their number over all ranks and micro-batches. On programs without latents the very same update is the
-baseline, next-token prediction (NTP). Below stand the optimizer step that all phases share (`optimize`), with
-`Masters` for models whose float32 state is too large for one GPU, and the corpora that programs are read from
-(`corpus`).
+baseline, NTP. Below stand the optimizer step that all phases share (`optimize`, `Masters`), and the corpora
+that programs are read from (`corpus`).
 """
 import ast
 import math
@@ -84,13 +82,12 @@ def pack(traces: list[Trace], length: int) -> list[list[int]]:
         n = len(traces[i].tokens)
         if n > length:
             raise ValueError(f"a program of {n} tokens does not fit rows of {length} tokens")
-        fits = [r for r, free in enumerate(room) if n <= free]
-        if not fits:
-            fits = [len(rows)]
+        row = next((r for r, free in enumerate(room) if n <= free), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(length)
-        rows[fits[0]].append(i)
-        room[fits[0]] -= n
+        rows[row].append(i)
+        room[row] -= n
     return rows
 
 
@@ -98,11 +95,9 @@ def packed_batch(traces: list[Trace], rows: list[list[int]], device=None) -> Bat
     """Join the traces of each row; `doc` keeps them apart in attention, padding is a document too."""
     joined, docs = [], []
     for row in rows:
-        one = Trace()
-        for i in row:
-            for name in ("tokens", "kind", "line", "gate"):
-                getattr(one, name).extend(getattr(traces[i], name))
-        joined.append(one)
+        joined.append(Trace())
+        for name in ("tokens", "kind", "line", "gate"):
+            setattr(joined[-1], name, [value for i in row for value in getattr(traces[i], name)])
         docs.append([n for n, i in enumerate(row) for _ in traces[i].tokens])
     batch = elbo.collate(joined, device)
     T = batch.tokens.shape[1]
@@ -153,9 +148,8 @@ def bar(items, what: str):
 def optimize(model: GPT, optimizer, losses, count: float, clip: float = 1.0) -> float:
     """One optimizer step on the sum of `losses` (scalars, made one by one) over the count of all ranks.
 
-    Gradients are summed over ranks here rather than by DistributedDataParallel: a rank may then have any
-    number of micro-batches, none included, and the result is that of one process. Returns the gradient's norm
-    before clipping. Raises ValueError if it is not finite.
+    Gradients are summed here, not by DistributedDataParallel: a rank may have any number of micro-batches,
+    none included. Returns the gradient's norm before clipping. Raises ValueError if it is not finite.
     """
     optimizer.zero_grad(set_to_none=True)
     count = total({"count": count})["count"]
@@ -244,8 +238,6 @@ def corpus(name: str, column: str = "text", limit: int = 8192, size: Callable[[s
            start: int = 0, comments: bool = False) -> Iterator[tuple[int, str]]:
     """Yield (row, program) of a hub dataset, a file, or a folder of files.
 
-        for row, program in corpus("codeparrot/codeparrot-clean", "content", 2048, lambda s: len(enc(s))):
-
     "stdlib" is the standard library of this Python, which every machine has. start: rows to pass over. A
     program longer than `limit`, as `size` measures, is cut between top-level statements; what is not Python 3
     is dropped, and comment lines too, unless `comments`. Raises ValueError for a name, file, row or column
@@ -260,8 +252,7 @@ def corpus(name: str, column: str = "text", limit: int = 8192, size: Callable[[s
         rows = hub_rows(name, "train", start=start)
     for n, row in enumerate(rows, start):
         if column not in row:
-            has = ", ".join(row)
-            raise ValueError(f"{name}: row {n + 1} has no column {column!r}; its columns are {has}")
+            raise ValueError(f"{name}: row {n + 1} has no column {column!r}, only {', '.join(row)}")
         text = row[column]
         for piece in pieces(text, limit, size, comments) if isinstance(text, str) else ():
             yield n, piece

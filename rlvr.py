@@ -19,6 +19,7 @@ Details, and where they come from:
  5. No KL to a reference model (DAPO; Liu et al.).
  6. Samples are drawn at temperature 1 without filters, and just that distribution is scored.
 """
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -32,6 +33,8 @@ from elbo import ACTION, PROMPT, Batch, Trace, chunks
 from model import GPT, Sample, encode_prompt
 from mstep import optimize, total
 from sandbox import Sandbox
+
+LOW, HIGH = 0.2, 0.28                   # how far below and above 1 the ratio still counts
 
 
 @dataclass
@@ -50,9 +53,10 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
 
     seeds: one for each sample, G = cfg.rl_group of a problem after the other. Returns what to watch, over all
     ranks: reward, signal (share of groups), truncated (share of samples), length, entropy (nats per token,
-    from the samples), the gradient's norm, tokens put through the model.
+    from the samples), how far trainer and sampler are apart (ratio: the mean of |rho - 1|; clipped: share of
+    tokens), the gradient's norm, tokens put through the model.
     """
-    G = cfg.rl_group
+    G, sums = cfg.rl_group, Counter(ratio=0.0, clipped=0)
     asked = [p for p in problems for _ in range(G)]
     samples, passed = attempt(model, enc, asked, seeds, box, max_new_tokens=cfg.max_new_tokens,
                               batch_size=sample_batch)
@@ -62,24 +66,30 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
     used = [i for i in range(len(samples)) if signal[i // G]]
     used.sort(key=lambda i: len(samples[i].tokens))                                    # neighbours pad little
     traces = {i: as_trace(encode_prompt(enc, asked[i].prompt), samples[i]) for i in used}
+    trained = sum(len(samples[i].tokens) for i in used)
 
     def losses():
         for part in chunks(used, micro_batch):
             batch = elbo.collate([traces[i] for i in part], model.device)
-            old = [logp for i in part for logp in samples[i].logprobs]                     # N
-            A = advantage[part][batch.scored.nonzero()[:, 0]]                              # (N,)
-            yield grpo_loss(token_logprobs(model, batch), torch.tensor(old, device=model.device), A)
+            old = [logp for i in part for logp in samples[i].logprobs]
+            old = torch.tensor(old, device=model.device)                                           # (N,)
+            A = advantage[part][batch.scored.nonzero()[:, 0]]                                      # (N,)
+            logp = token_logprobs(model, batch)                                                    # (N,)
+            apart = (logp.detach() - old).expm1()
+            sums["ratio"] += apart.abs().sum().item()
+            sums["clipped"] += ((apart < -LOW) | (apart > HIGH)).sum().item()
+            yield grpo_loss(logp, old, A)
 
-    norm = optimize(model, optimizer, losses(), sum(len(samples[i].tokens) for i in used))
-    sums = dict(samples=len(samples), groups=len(signal), reward=sum(passed), signal=int(signal.sum()))
-    sums["truncated"] = sum(not s.stopped for s in samples)
-    sums["length"] = sum(len(s.tokens) for s in samples)
-    sums["surprise"] = -sum(sum(s.logprobs) for s in samples)
+    norm = optimize(model, optimizer, losses(), trained)
+    sums.update(
+        samples=len(samples), groups=len(signal), reward=sum(passed), signal=int(signal.sum()),
+        truncated=sum(not s.stopped for s in samples), length=sum(len(s.tokens) for s in samples),
+        surprise=-sum(sum(s.logprobs) for s in samples), trained=trained)
     sums["tokens"] = sums["length"] + 3 * sum(len(t.tokens) for t in traces.values())
     sums = total(sums)
-    n = sums["samples"]
-    return dict(reward=sums["reward"] / n, truncated=sums["truncated"] / n, length=sums["length"] / n,
-                signal=sums["signal"] / sums["groups"], entropy=sums["surprise"] / sums["length"],
+    share = {name: sums[name] / sums["samples"] for name in ("reward", "truncated", "length")}
+    share |= {name: sums[name] / max(sums["trained"], 1) for name in ("ratio", "clipped")}
+    return dict(share, signal=sums["signal"] / sums["groups"], entropy=sums["surprise"] / sums["length"],
                 grad_norm=norm, tokens=sums["tokens"])
 
 
@@ -107,7 +117,7 @@ def token_logprobs(model, batch: Batch) -> Tensor:
     return -F.cross_entropy(elbo.logits_of(model, batch).float(), target, reduction="none")
 
 
-def grpo_loss(logp: Tensor, old: Tensor, advantage: Tensor, low: float = 0.2, high: float = 0.28) -> Tensor:
+def grpo_loss(logp: Tensor, old: Tensor, advantage: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
     """Summed clipped surrogate over sampled tokens; divide by their number over all ranks. All (N,)."""
     ratio = (logp - old).exp()
     clipped = ratio.clamp(1 - low, 1 + high)

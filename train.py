@@ -2,10 +2,8 @@
 
     python train.py --name main0                          # the embedded world, one process
     torchrun --standalone --nproc-per-node=2 train.py     # the same on two: same draws, same global batches
-    python train.py --c 0.2 --arms ra3 --rl-steps 0       # a point of figure 6
     python train.py --resume --name main0                 # goes on where a run stopped, with its settings
     python train.py --recipe qwen2.5-1.5b                 # a real model
-    python docs/report.py runs/main?                      # tables and figures of one or more runs
 
 A run leaves runs/<name>/: config.json, metrics.jsonl, infused.jsonl (the held-out programs as q infused them)
 and a model per stage, in the Hugging Face layout.
@@ -354,10 +352,8 @@ class Data:
         return self.size(p.prompt) <= self.limit - self.s.rl.max_new_tokens
 
     def read_problems(self, name: str, n: int, kind: str, seed: int) -> list[Problem]:
-        if name == "world":
-            found = bench.world(kind, n, seed)
-        else:
-            found = bench.load(name, self.s.run.data_dir or None, limit=n)
+        folder = self.s.run.data_dir or None
+        found = bench.world(kind, n, seed) if name == "world" else bench.load(name, folder, limit=n)
         return [dataclasses.replace(p, timeout_s=TIME_LIMIT_S) for p in found]
 
     def parse(self, name: str, problems: Iterable[Problem], least: int) -> list[Program]:
@@ -453,8 +449,8 @@ class Run:
         return model.to(torch.bfloat16 if self.saving >= 2 else torch.float32)
 
     def optimizer(self, kind, model: GPT, **options) -> mstep.Masters:
-        device = "cpu" if self.saving == 3 else self.device
-        return mstep.Masters(kind, model.parameters(), device, **options)
+        where = "cpu" if self.saving == 3 else self.device
+        return mstep.Masters(kind, model.parameters(), where, **options)
 
     def stage(self, name: str, start, loop, *args) -> Path:
         """Train a copy of `start` by loop(run, name, model, *args) and keep it in the folder `name`, once."""
@@ -465,8 +461,7 @@ class Run:
                 model.save_pretrained(self.dir / name, model.kept)
                 save_tokenizer(self.enc, self.dir / name)
             tokens = sum(r.get("tokens", 0) for r in self.records if r.get("phase") == name)
-            peak = torch.cuda.max_memory_allocated() / 1e9                          # of all stages so far
-            return dict(tokens=tokens, peak_gb=round(peak, 2))
+            return dict(tokens=tokens, peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))    # so far
         self.once(f"cost/{name}", train)
         return self.dir / name
 
@@ -475,8 +470,7 @@ class Run:
 
         Each step must log what its update returns. State is saved on the way, and found after a restart.
         """
-        last = self.records[-1] if self.records else {}
-        first = 0
+        first, last = 0, self.records[-1] if self.records else {}
         if last.get("phase") == stage:
             first = last["step"] + 1
             optimizer.load_state_dict(self.checkpoint(len(self.records)))
@@ -493,7 +487,7 @@ class Run:
             if (step + 1) % self.s.run.save_every == 0 and step + 1 < n:
                 name = f"state-{len(self.records)}.{self.rank}of{self.ranks}.pt"
                 save(optimizer.state_dict(), self.dir / name)
-                barrier()
+                mstep.total({"saved": 1})                  # waits for all ranks
                 files = sorted(self.dir.glob("state-*.pt"), key=lambda file: file.stat().st_mtime)
                 for file in files[:-2 * self.ranks] if self.rank == 0 else ():
                     file.unlink()                # but the last, and the one before it should that be damaged
@@ -518,7 +512,7 @@ class Run:
             os.fsync(self.file.fileno())
             for file in self.dir.glob("state-*.pt"):
                 file.unlink()
-        barrier()
+        mstep.total({"logged": 1})                         # waits for all ranks
         return True
 
     def done(self, key: str) -> bool:
@@ -576,22 +570,16 @@ def save(state: dict, file: Path):
         raise (e.__context__ or e) from None
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def from_first(work):
     """What work() returns, or raises, on the first rank; a clock or a folder may answer others otherwise."""
-    if not dist.is_initialized():
-        return work()
     answer = [None]
-    if dist.get_rank() == 0:
+    if mstep.ranks()[0] == 0:
         try:
             answer = [work()]
         except (ValueError, OSError) as e:
             answer = [e]
-    dist.broadcast_object_list(answer)
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
@@ -601,11 +589,12 @@ def start_folder(s: Settings, unfit: dict[str, str]) -> Path:
     """runs/<name>, made with its config.json (settings, unfit problems, versions) unless it is resumed."""
     folder = Path("runs") / (s.run.name or time.strftime("%Y%m%d-%H%M%S"))
     file = folder / "config.json"
-    if s.run.resume and not file.exists():
-        raise ValueError(f"{folder} holds no run to resume; leave out --resume to start one")
-    if file.exists() and not s.run.resume:
+    if s.run.resume:
+        if not file.exists():
+            raise ValueError(f"{folder} holds no run to resume; leave out --resume to start one")
+    elif file.exists():
         raise ValueError(f"{folder} exists; go on with it by --resume, or choose another --name")
-    if not s.run.resume:
+    else:
         where = shlex.quote(str(Path(__file__).parent))
         commit = os.popen(f"git -C {where} describe --always --dirty --abbrev=40 2>/dev/null").read().strip()
         gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None

@@ -1,11 +1,15 @@
 """GRPO: the loss against its formula written as loops, its expected gradient against the exact one by enumeration."""
 import itertools
+import math
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 import elbo
 import rlvr
+from bench import Problem
 from elbo import ACTION
 from model import GPT, GPTConfig, Sample
 
@@ -70,3 +74,19 @@ def test_the_policy_scores_what_it_sampled():
 def test_an_unfinished_sample_is_trace_like_any_other():
     t = rlvr.as_trace([1, 2], Sample([3, 4], [-1.0, -2.0], False))
     assert t.tokens == [1, 2, 3, 4] and t.kind == [0, 0, ACTION, ACTION]
+
+
+def test_what_is_watched_says_how_far_trainer_and_sampler_are_apart():
+    """Samples noted with likelihoods that are wrong by known factors: no token of a dead group counts."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=30, d_model=16, n_layer=1, n_head=2, n_kv_head=1, head_dim=8, d_ff=32, context=64, eos_id=29))
+    enc = SimpleNamespace(encode_ordinary=lambda text: [1, 2])
+    drawn, factors = [], [1.0, 1.25, 1.3, 0.85, 0.75]
+    for i in range(4):
+        logp = model(torch.tensor([[1, 2, 3, 4, 5, 6, 7]]))[0].log_softmax(-1)
+        old = [float(logp[1 + j, 3 + j]) - math.log(f if i < 2 else 9.0) for j, f in enumerate(factors)]
+        drawn.append(Sample([3, 4, 5, 6, 7], old, True))
+    with mock.patch.object(rlvr, "attempt", lambda *a, **how: (drawn, [1, 0, 1, 1])):
+        stats = rlvr.rl_update(model, torch.optim.SGD(model.parameters(), lr=0.1), enc, [Problem("a", "a"), Problem("b", "b")], list(range(4)),
+                               None, rlvr.RLVRConfig(rl_group=2), micro_batch=1)
+    assert stats["ratio"] == pytest.approx((0 + 0.25 + 0.3 + 0.15 + 0.25) / 5, rel=1e-3) and stats["clipped"] == pytest.approx(2 / 5)
