@@ -252,7 +252,8 @@ def corpus(name: str, column: str = "text", limit: int = 8192, size: Callable[[s
         rows = hub_rows(name, "train", start=start)
     for n, row in enumerate(rows, start):
         if column not in row:
-            raise ValueError(f"{name}: row {n + 1} has no column {column!r}, only {', '.join(row)}")
+            has = ", ".join(row)
+            raise ValueError(f"{name}: row {n + 1} has no column {column!r}; its columns are {has}")
         text = row[column]
         for piece in pieces(text, limit, size, comments) if isinstance(text, str) else ():
             yield n, piece

@@ -74,8 +74,7 @@ class RunConfig:
     sample_batch: Annotated[int, "sequences sampled at a time; changes memory, not the result"] = 256
     context: Annotated[int, "longest sequence in tokens, where the model allows more"] = 2 ** 20
     save_memory: Annotated[Literal["none", "recompute", "shard", "offload"],
-                           "each with those before it: recompute blocks in the backward pass; train bfloat16 "
-                           "weights, float32 masters shared among the ranks; all in main memory"] = "none"
+                           "recompute blocks; then share float32 masters; then offload them"] = "none"
     save_every: Annotated[int, "updates between checkpoints"] = 25
 
 
@@ -449,8 +448,7 @@ class Run:
         return model.to(torch.bfloat16 if self.saving >= 2 else torch.float32)
 
     def optimizer(self, kind, model: GPT, **options) -> mstep.Masters:
-        where = "cpu" if self.saving == 3 else self.device
-        return mstep.Masters(kind, model.parameters(), where, **options)
+        return mstep.Masters(kind, model.parameters(), DEVICE if self.saving < 3 else "cpu", **options)
 
     def stage(self, name: str, start, loop, *args) -> Path:
         """Train a copy of `start` by loop(run, name, model, *args) and keep it in the folder `name`, once."""
@@ -466,10 +464,7 @@ class Run:
         return self.dir / name
 
     def steps(self, stage: str, optimizer, n: int, lr: float, warmup: int = 10, decay: float = 0):
-        """Yield the steps still to do of 0..n-1, learning rate set: a linear warm-up times a fall by `decay`.
-
-        Each step must log what its update returns. State is saved on the way, and found after a restart.
-        """
+        """Yield the steps still to do of 0..n-1, each to log its update; lr warms up, falls by `decay`."""
         first, last = 0, self.records[-1] if self.records else {}
         if last.get("phase") == stage:
             first = last["step"] + 1
@@ -506,8 +501,7 @@ class Run:
         left = f", about {np.mean(spent) * (n - len(spent)) / 60:.0f} minutes left" if spent else ""
         self.say(f"stage {len(spent) + 1} of {n}: {key.removeprefix('cost/')}{left}")
         began = time.time()
-        result = work()
-        self.log(key=key, seconds=round(time.time() - began, 1), **result)
+        self.log(key=key, **work(), seconds=round(time.time() - began, 1))
         if self.rank == 0:
             os.fsync(self.file.fileno())
             for file in self.dir.glob("state-*.pt"):
