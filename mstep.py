@@ -109,8 +109,7 @@ def packed_batch(traces: list[Trace], rows: list[list[int]], device=None) -> Bat
 def action_nll(model, traces: list[Trace], openers: Tensor, micro_batch: int = 32) -> float:
     """-log pi(a_t | s_t, z_t) per action token, in nats, over all ranks; with latents and without the same.
 
-    A line's first token is scored given that it is no comment, for NTP as for RA3: a little less than NTP's
-    usual loss.
+    A line's first token is scored given that it is no comment, so NTP's number is a little below its loss.
     """
     sums = dict(nats=0.0, actions=0)
     for part in bar(chunks(traces, micro_batch), "score"):
