@@ -180,23 +180,28 @@ def test_ranks_that_share_the_masters_train_as_one_does_and_resume_exactly(tmp_p
     assert phases(cut) == phases(two)
 
 
-def test_a_stage_is_kept_in_the_precision_of_the_base_and_the_next_starts_from_that(tmp_path):
-    """Trained in float32 and rounded once, at its end: not less than a bfloat16 model has, not more than it can hold."""
-    run, seen = train.Run(parse_flags([]), tmp_path, load_pretrained(ROOT / "base")[1]), []
+def test_what_a_stage_may_start_from_is_kept_whole_and_what_is_last_in_the_bases_precision(tmp_path, monkeypatch):
+    """Seven stages of a bfloat16 model would else take twice the disk; rounded, small updates would be lost to the next stage."""
+    enc, seen = load_pretrained(ROOT / "base")[1], []
 
     def loop(run, name, model):
-        assert model.embed_tokens.weight.dtype == torch.float32
         seen.append(copy.deepcopy(model.state_dict()))
         for p in model.parameters():
             p.data += 1e-3 * torch.randn_like(p)
         seen.append(copy.deepcopy(model.state_dict()))
-    for start in (write_bfloat16(tmp_path / "bf16"), tmp_path / "one"):
-        folder = run.stage("one" if not seen else "two", start, loop)
-        assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    first, trained, second, _ = seen
-    assert all(torch.equal(second[k], trained[k].bfloat16().float()) and not torch.equal(second[k], trained[k]) for k in first)
-    folder = run.stage("three", ROOT / "base", lambda run, name, model: seen.append(model.state_dict()))
-    assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+    run = train.Run(parse_flags([]), tmp_path, enc, torch.bfloat16)
+    first = run.stage("ra3", write_bfloat16(tmp_path / "bf16"), lambda *args: loop(*args))
+    monkeypatch.setattr(train, "grpo", loop)
+    last = run.stage("rlvr-ra3", first, train.grpo)
+    _, trained, start, end = seen
+    assert all(torch.equal(start[k], trained[k]) and start[k].dtype == torch.float32 for k in start)
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in trained.values())
+    kept = load_file(last / "model.safetensors")
+    assert all(torch.equal(kept["model." + k], end[k].bfloat16()) for k in end)
+    assert json.loads((last / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    (tmp_path / "plain").mkdir()
+    run = train.Run(parse_flags([]), tmp_path / "plain", enc, torch.float32)
+    assert load_file(run.stage("rlvr-ra3", first, train.grpo) / "model.safetensors")["model.norm.weight"].dtype == torch.float32
 
 
 def test_masters_may_be_shared_anew_at_a_restart():
