@@ -23,6 +23,7 @@ import math
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from textwrap import shorten
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -70,9 +73,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
 
-def rope_frequencies(cfg: GPTConfig) -> Tensor:
+def rope_frequencies(cfg: GPTConfig, device="cpu") -> Tensor:
     """Angular frequency of each rotated pair, (C/2,), in radians per position, with Llama-3.1's scaling."""
-    freq = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)    # (C/2,)
+    pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device)            # (C/2,)
+    freq = cfg.rope_theta ** (-pair / cfg.head_dim)
     if cfg.rope_scaling is None:
         return freq
     factor, low, high, original = (cfg.rope_scaling[name] for name in LLAMA3_SCALING)
@@ -102,9 +106,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope, mask: Tensor | None, store) -> Tensor:
         B, T, _ = x.shape
         H, K, C = self.cfg.n_head, self.cfg.n_kv_head, self.cfg.head_dim
-        q = self.q_proj(x).view(B, T, H, C)
-        k = self.k_proj(x).view(B, T, K, C)
-        v = self.v_proj(x).view(B, T, K, C)
+        q, k, v = (project(x).view(B, T, -1, C) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -163,7 +165,6 @@ class GPT(nn.Module):
         self.grad_checkpoint = False    # recompute blocks in the backward pass: more time, less memory
         self.n_vocab = cfg.vocab_size   # tokens that exist; Qwen's matrices have more rows, never drawn
         self.limit = cfg.context        # longest sequence that will be put in; a run may lower it
-        self.freq = None                # rope_frequencies; no buffer, which `.to(torch.bfloat16)` would round
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
@@ -201,9 +202,7 @@ class GPT(nn.Module):
             mask = same.tril()[:, None]                                                    # (B, 1, T, T)
         if end > self.limit:
             raise ValueError(f"a sequence of {end} tokens does not fit the model's context of {self.limit}")
-        if self.freq is None or self.freq.device != dev:
-            self.freq = rope_frequencies(self.config).to(dev)
-        angle = pos[..., None, None] * self.freq                                       # (B or 1, T, 1, C/2)
+        angle = pos[..., None, None] * rope_frequencies(self.config, dev)              # (B or 1, T, 1, C/2)
         rope = angle.cos(), angle.sin()
         with autocast(dev):
             x = self.embed_tokens(tokens)                                                  # (B, T, D)
@@ -235,11 +234,8 @@ class GPT(nn.Module):
         skip = ("rotary_emb.inv_freq", *["lm_head.weight"] * model.config.tie_embeddings)
         tensors = {name.removeprefix("model."): tensor.to(device, dtype)
                    for name, tensor in read_tensors(folder) if not name.endswith(skip)}
-        try:
+        with explain(folder):
             model.load_state_dict(tensors, assign=True)
-        except RuntimeError as e:
-            raise ValueError(f"the tensors in {folder} are not those of its config.json; download it again: "
-                             f"{shorten(str(e), 300)}") from None
         return model
 
     def save_pretrained(self, folder, dtype: torch.dtype | None = None):
@@ -248,7 +244,11 @@ class GPT(nn.Module):
         tensors = {name if name == "lm_head.weight" else "model." + name: weight.to("cpu", dtype)
                    for name, weight in self.state_dict().items()}
         config = json.dumps(write_config(self.config, dtype), indent=2) + "\n"
-        write_whole(Path(folder, "model.safetensors"), partial(write_tensors, tensors))
+        save = partial(save_file, tensors, metadata={"format": "pt"})
+        try:
+            write_whole(Path(folder, "model.safetensors"), save)
+        except SafetensorError as e:                 # which is what a full disk looks like there
+            raise OSError(f"{folder} cannot be written: {e}") from None
         write_whole(Path(folder, "config.json"), partial(Path.write_text, data=config))
 
 
@@ -270,11 +270,6 @@ class KVCache:
     def select(self, rows) -> "KVCache":
         """A new cache that holds the given rows, a list or (R,) int64 (repeated ones are copied)."""
         return KVCache(self.kv[:, :, rows], self.length[rows])
-
-    def put(self, rows, other: "KVCache"):
-        """Overwrite the given rows with those of another cache, of no greater size."""
-        self.kv[:, :, rows, :other.kv.shape[3]] = other.kv
-        self.length[rows] = other.length
 
 
 def new_cache(model: GPT, rows: int, size: int) -> KVCache:
@@ -352,13 +347,11 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; between 1 and {limit - 1} fit")
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(prompts)} prompts, but {len(seeds)} seeds: each needs its own")
-    if not prompts:
-        return []
     out, rngs = [Sample() for _ in prompts], [np.random.default_rng(seed) for seed in seeds]
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))    # the shortest goes first: pop()
     rows = [None] * min(batch_size, len(prompts))                            # the prompt in each slot
     with autocast(dev):
-        cache = new_cache(model, len(rows), min(max(map(len, prompts)) + max_new_tokens, limit))
+        cache = new_cache(model, len(rows), min(max(map(len, prompts), default=0) + max_new_tokens, limit))
         decode = Decoder(model, cache)
         while True:
             free = [slot for slot, i in enumerate(rows) if i is None]
@@ -399,7 +392,8 @@ def prefill(model: GPT, cache: KVCache, slots: list[int], prompts: list[list[int
     What prompts share is run once: the samples of a group are one prompt, few-shot prompts share examples
     (633 of 736 tokens of MBPP's: two to three times as fast, 64 new tokens, SmolLM2-135M on a CPU).
     """
-    unique = {body: n for n, body in enumerate(dict.fromkeys(tuple(prompt[:-1]) for prompt in prompts))}
+    bodies = [tuple(prompt[:-1]) for prompt in prompts]
+    unique = {body: n for n, body in enumerate(dict.fromkeys(bodies))}
     prefix = os.path.commonprefix(list(unique))
     fresh = new_cache(model, 1, max(map(len, unique)))
     for parts in ([prefix], [body[len(prefix):] for body in unique]):
@@ -407,7 +401,9 @@ def prefill(model: GPT, cache: KVCache, slots: list[int], prompts: list[list[int
         if any(parts):
             model(pad(parts, 0, model.device), cache=fresh, head=False)
         fresh.length += torch.tensor([len(part) for part in parts], device=model.device)
-    cache.put(slots, fresh.select([unique[tuple(prompt[:-1])] for prompt in prompts]))
+    fresh = fresh.select([unique[body] for body in bodies])
+    cache.kv[:, :, slots, :fresh.kv.shape[3]] = fresh.kv
+    cache.length[slots] = fresh.length
 
 
 # ------------------------------------------------------------------------ the Hugging Face layout of a model
@@ -421,24 +417,28 @@ def find_model(name, *patterns: str) -> Path:
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=list(patterns)))
         except Exception as e:                       # the many ways of a network, or of a disk, to fail
-            reason = shorten(f"{type(e).__name__}: {e}", 200)
-            raise OSError(f"there is no folder {str(name)!r}, and no such model came from the hub ({reason}): "
-                          "check the spelling and the connection; for one that is gated or private accept its "
-                          "terms there, and run `hf auth login`") from None
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(f"{name} is an adapter (LoRA): merge it into its model, and give that folder")
+            raise OSError(f"there is no folder {str(name)!r}, and the hub has given no model of that name "
+                          f"({type(e).__name__}: {shorten(str(e), 200)}): check the spelling and the "
+                          "connection; for one that is gated or private accept its terms there, and run "
+                          "`hf auth login`") from None
     return folder
 
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises FileNotFoundError or ValueError, with the file's name."""
+@contextmanager
+def explain(source: Path):
+    """Make whatever goes wrong with a file of a model a ValueError of one sentence, which names it."""
     try:
+        yield
+    except Exception as e:                           # libraries have many kinds, and texts of many lines
+        reason = shorten(f"{type(e).__name__}: {e}", 300)
+        raise ValueError(f"{source} cannot be used as part of a model in the Hugging Face layout ({reason}); "
+                         "if it is damaged, download it again") from None
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises ValueError."""
+    with explain(file):
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file.parent} has no {file.name}: give the folder of a model in the "
-                                "Hugging Face layout") from None
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{file} is no JSON object ({e}): download or save it again") from None
 
 
 def write_whole(file: Path, write):
@@ -466,25 +466,10 @@ def sync(path: Path):
 
 def read_tensors(folder: Path):
     """Yields (name, tensor) of a checkpoint of one file or several, mapped, not read. Raises ValueError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if index.exists() and not files[0].exists():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    for file in files:
-        try:
+    whole = folder / "model.safetensors"
+    for file in [whole] if whole.exists() else sorted(folder.glob("model-*-of-*.safetensors")):
+        with explain(file):
             yield from load_file(file).items()
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{file} cannot be read ({e}): download it again, as safetensors") from None
-
-
-def write_tensors(tensors: dict[str, Tensor], file: Path):
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as e:                     # which is what a full disk looks like there
-        raise OSError(f"{file} cannot be written: {e}") from None
 
 
 # What config.json calls the fields of GPTConfig, and the further entries of Llama-3's rope_scaling.
@@ -503,41 +488,35 @@ SUPPORTED = dict(
 def read_config(folder: Path) -> GPTConfig:
     """The GPTConfig of a config.json. Raises ValueError for whatever this network does not compute."""
     file = folder / "config.json"
-    c = {"hidden_act": "silu", "rope_theta": 10_000.0, "tie_word_embeddings": False, **read_json(file)}
-    try:
+    hub = {"hidden_act": "silu", "rope_theta": 10_000.0, "tie_word_embeddings": False, **read_json(file)}
+    with explain(file):
         # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling.
-        rope = c.get("rope_parameters") or {"rope_theta": c["rope_theta"], **(c.get("rope_scaling") or {})}
-        c["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        rope = {**hub, **(hub.get("rope_scaling") or {}), **(hub.get("rope_parameters") or {})}
+        hub["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         for key, values in SUPPORTED.items():
-            if c.get(key) not in values:
+            if hub.get(key) not in values:
                 known = " or ".join(map(repr, values))
-                raise ValueError(f"{file}: {key} {c.get(key)!r} is not supported, only {known}")
-        c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
-        c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        ends = c.get("eos_token_id")
-        if ends is None and (folder / "generation_config.json").exists():
-            ends = read_json(folder / "generation_config.json").get("eos_token_id")
-        if ends is None:
-            raise ValueError(f"{file}: eos_token_id is missing: set it to the token that ends a text")
-        c["eos_token_id"] = ends[0] if isinstance(ends, list) else int(ends)
-        scaling = {k: rope[k] for k in LLAMA3_SCALING} if c["rope_type"] == "llama3" else None
-        return GPTConfig(**{ours: c[theirs] for ours, theirs in HUB_NAMES.items()}, rope_scaling=scaling,
-                         rope_theta=float(rope["rope_theta"]), qkv_bias=c["model_type"] == "qwen2",
-                         qk_norm=c["model_type"] == "qwen3")
-    except (KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as e:
-        raise ValueError(f"{file}: an entry is missing or of a wrong type ({e}): take it from the model's "
-                         "own page") from None
+                raise ValueError(f"{key} {hub.get(key)!r} is not supported, only {known}")
+        hub["num_key_value_heads"] = hub.get("num_key_value_heads") or hub["num_attention_heads"]
+        hub["head_dim"] = hub.get("head_dim") or hub["hidden_size"] // hub["num_attention_heads"]
+        ends = hub["eos_token_id"]
+        hub["eos_token_id"] = ends[0] if isinstance(ends, list) else int(ends)
+        cfg = GPTConfig(**{ours: hub[theirs] for ours, theirs in HUB_NAMES.items()})
+        cfg.rope_theta = float(rope["rope_theta"])
+        if hub["rope_type"] == "llama3":
+            cfg.rope_scaling = {key: rope[key] for key in LLAMA3_SCALING}
+    cfg.qkv_bias, cfg.qk_norm = hub["model_type"] == "qwen2", hub["model_type"] == "qwen3"
+    return cfg
 
 
 def write_config(cfg: GPTConfig, dtype: torch.dtype) -> dict:
     """The config.json of a GPTConfig: the inverse of read_config."""
-    if cfg.qkv_bias and cfg.qk_norm:
-        raise ValueError("no family on the hub has both qkv_bias and qk_norm: such a model cannot be saved")
     family = "Qwen3" if cfg.qk_norm else "Qwen2" if cfg.qkv_bias else "Llama"
-    return dict({theirs: getattr(cfg, ours) for ours, theirs in HUB_NAMES.items()},
-                architectures=[f"{family}ForCausalLM"], model_type=family.lower(), hidden_act="silu",
-                rope_theta=cfg.rope_theta, bos_token_id=None, torch_dtype=str(dtype).removeprefix("torch."),
-                rope_scaling={"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None)
+    scaling = {"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None
+    return {theirs: getattr(cfg, ours) for ours, theirs in HUB_NAMES.items()} | dict(
+        architectures=[f"{family}ForCausalLM"], model_type=family.lower(), hidden_act="silu",
+        rope_theta=cfg.rope_theta, rope_scaling=scaling, bos_token_id=None,
+        torch_dtype=str(dtype).removeprefix("torch."))
 
 
 # --------------------------------------------------------------------------------------------- the tokenizer
@@ -561,21 +540,17 @@ class Encoding:
 
     def __init__(self, source: Path):
         self.source, spec = source, read_json(source) | {"truncation": None, "padding": None}
-        try:
-            special = {token["content"]: token["id"] for token in spec["added_tokens"]}
-            ranks = {text: i for text, i in spec["model"]["vocab"].items() if text not in special}
-            self._special_tokens = special
-            self._mergeable_ranks = {bytes(BYTE_OF[char] for char in text): i for text, i in ranks.items()}
+        with explain(source):
+            special = self._special_tokens = {token["content"]: token["id"] for token in spec["added_tokens"]}
+            self._mergeable_ranks = {bytes(BYTE_OF[char] for char in text): i
+                                     for text, i in spec["model"]["vocab"].items() if text not in special}
             self._with_special = Tokenizer.from_str(json.dumps(spec))
             self._ordinary = Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
             self._bytes = {i: text for text, i in self._mergeable_ranks.items()}
             self._bytes |= {i: text.encode() for text, i in special.items()}
             code = "Def f(x):\n\treturn  10\n"
             if self.decode(self.encode_ordinary(code)) != code:
-                raise ValueError("it changes its text")
-        except Exception as e:                       # the library has no narrower kind
-            raise ValueError(f"{source} is not supported ({type(e).__name__}: {e}), only byte-level BPE as "
-                             "of SmolLM2, Llama-3 and Qwen") from None
+                raise ValueError("only byte-level BPE, as of SmolLM2, Llama-3 and Qwen, is supported")
         self.n_vocab, self.eot_token = max(self._bytes) + 1, special.get("<|endoftext|>")
         probe = self._with_special.encode("x")
         self.bos = probe.ids[:probe.special_tokens_mask.index(0)]
@@ -633,17 +608,7 @@ def save_tokenizer(enc: Encoding, folder):
 PROBLEM = 'def f(xs):\n    """add 3 * 4 - 5; above 7 + 2; total"""\n'
 
 
-def end_prompt(text: str) -> str:
-    """Whole lines end where training cuts programs: before the last space that indents the next line.
-
-    After a colon the model indents as it likes. Half a line stays as it is.
-    """
-    from bench import meet_at_decision
-    if text.rpartition("\n")[2].strip():
-        return text
-    return text.rstrip() if text.rstrip().endswith(":") else meet_at_decision(text)[0]
-
-
+@torch.no_grad()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description="Continue a program, token by token.")
     parser.add_argument("--model", default=Path(__file__).parent / "base", help="a folder, or a hub name")
@@ -652,26 +617,30 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="where it ends at the latest")
     args = parser.parse_args(argv)
+    from bench import meet_at_decision
     text = args.prompt or (PROBLEM if sys.stdin.isatty() else sys.stdin.read())
+    # White space belongs to the tokens that follow it. Whole lines end where training cuts programs; after a
+    # colon the model chooses its indentation.
+    whole = text.rstrip(" \t").endswith("\n") and not text.rstrip().endswith(":")
+    text = meet_at_decision(text)[0] if whole and text.strip() else text.rstrip()
     characters = codecs.getincrementaldecoder("utf-8")("replace")    # a token may be half a character
 
     def show(tokens: list[int]):
         print(characters.decode(enc.decode_bytes(tokens[-1:])), end="", flush=True)
     try:
         model, enc = load_pretrained(args.model, "cuda" if torch.cuda.is_available() else "cpu")
-        prompt = encode_prompt(enc, end_prompt(text))
+        prompt = encode_prompt(enc, text)
         print(enc.decode(prompt), end="", flush=True)
         [sample] = generate(model, [prompt], max_new_tokens=args.max_new_tokens, seeds=[args.seed],
                             temperature=args.temperature, stop=show)
     except (OSError, ValueError) as e:
         parser.error(str(e))
-    whole = torch.tensor([prompt + sample.tokens], device=model.device)
-    with torch.no_grad():
-        logits = model(whole)[0, len(prompt) - 1:-1].float()                             # (T, V)
-    logp = torch.log_softmax(logits / (args.temperature or 1.0), -1)[range(len(sample.tokens)), sample.tokens]
-    gap = (logp.cpu() - torch.tensor(sample.logprobs)).abs().max()
-    print(f"\n\n{len(prompt)} tokens in, {len(sample.tokens)} out. Their log-probabilities, drawn one by one "
-          f"with a KV cache, and in one pass without: the largest difference is {gap:.1e}.", file=sys.stderr)
+    tokens = torch.tensor(prompt + sample.tokens, device=model.device)                   # (T,)
+    logits = model(tokens[None])[0, len(prompt) - 1:-1].float() / (args.temperature or 1.0)
+    losses = F.cross_entropy(logits, tokens[len(prompt):], reduction="none").cpu()
+    gap = (losses + torch.tensor(sample.logprobs)).abs().max()
+    print(f"\n\n{len(prompt)} tokens in, {len(sample.tokens)} out. Log-probabilities one by one with a KV "
+          f"cache, and in one pass without: the largest difference is {gap:.1e}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

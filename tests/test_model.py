@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import GPT, Decoder, GPTConfig, generate, new_cache, pad, pick, rope_frequencies
+from model import GPT, Decoder, GPTConfig, generate, new_cache, pad, pick, prefill, rope_frequencies
 
 TINY = dict(vocab_size=61, d_model=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_ff=48, context=64, eos_id=0)
 KINDS = {
@@ -107,12 +107,9 @@ def test_rows_of_a_cache_are_selected_copied_and_overwritten():
         whole = torch.cat([rows[row, :n], tokens(3, 1, seed=5)[slot]])
         assert (logits[slot] - model(whole[None])[0, -1]).abs().max() < 1e-4
     assert cache.length.tolist() == [10, 8, 6, 4]
-    small = new_cache(model, 1, 3)
-    model(tokens(1, 3, seed=6), cache=small)
-    small.length += 3
-    cache.put(torch.tensor([1]), small)
+    prefill(model, cache, [1], [tokens(1, 4, seed=6)[0].tolist()])     # all but the last of four
     logits = model(tokens(4, 1, seed=7), cache=cache)[:, 0]
-    assert (logits[1] - model(torch.cat([tokens(1, 3, seed=6), tokens(4, 1, seed=7)[1:2]], 1))[0, -1]).abs().max() < 1e-4
+    assert (logits[1] - model(torch.cat([tokens(1, 4, seed=6)[:, :3], tokens(4, 1, seed=7)[1:2]], 1))[0, -1]).abs().max() < 1e-4
     assert (logits[3] - model(torch.cat([rows[3:, :4], tokens(4, 1, seed=7)[3:]], 1))[0, -1]).abs().max() < 1e-4
 
 
