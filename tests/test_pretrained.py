@@ -250,7 +250,9 @@ def assert_same_tokens(enc, tok, texts):
     """Equal ids, without and with special tokens in the text."""
     for text in texts:
         expected = tok.encode(text, add_special_tokens=False).ids
-        assert enc.encode_ordinary(text) == enc.encode(text) == expected, repr(text)
+        assert enc.encode(text) == expected, repr(text)
+        if not any(special in text for special in enc._special_tokens):
+            assert enc.encode_ordinary(text) == expected, repr(text)
         if "<|im_start|>" in enc._special_tokens:
             special = f"<|im_start|>{text}<|endoftext|>{text}"
             assert enc.encode(special) == tok.encode(special, add_special_tokens=False).ids, repr(special)
@@ -261,12 +263,12 @@ def assert_same_tokens(enc, tok, texts):
 def test_tokens_equal_those_of_tokenizers(kind, corpus, tmp_path):
     tok = train(kind, corpus)
     tok.save(str(tmp_path / "tokenizer.json"))
-    enc, texts = load_tokenizer(tmp_path), strings(corpus, 1500)
+    enc, texts = load_tokenizer(tmp_path), strings(corpus, 800)
     lacking = {b for b in range(256) if bytes([b]) not in enc._mergeable_ranks}
     assert (len(lacking) > 20) == (kind == "smollm2")
     if kind == "smollm2":       # strings with unknown bytes come next
         texts = [t for t in texts if not lacking & set(t.encode())]
-    assert len(texts) > (250 if kind == "smollm2" else 1500)
+    assert len(texts) > (100 if kind == "smollm2" else 800)
     assert_same_tokens(enc, tok, texts)
     assert enc.n_vocab == tok.get_vocab_size()
     for text in texts:
@@ -313,7 +315,7 @@ def test_long_runs_take_linear_time_and_forks_are_silent():
             assert enc.decode(enc.encode_ordinary(text)) == text
             return time.process_time() - began
         for run in (" ", "\\n", "x", " \\n"):
-            few, many = seconds(run * 20_000), seconds(run * 200_000)
+            few, many = seconds(run * 10_000), seconds(run * 100_000)
             assert many < 40 * few + 0.1, (run, few, many)
         if os.fork() == 0:
             enc.encode_ordinary("x = 1")
@@ -403,7 +405,7 @@ def test_our_own_encoding_saved(corpus, tmp_path):
     ranks = bpe_train(corpus[0][:10_000], 499, GPT2_CUTS, visualise=None)
     enc = tiktoken.Encoding("ours", pat_str=GPT2_CUTS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 499})
     write_tokenizer(enc, tmp_path)
-    tok, back, texts = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), load_tokenizer(tmp_path), strings(corpus)
+    tok, back, texts = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), load_tokenizer(tmp_path), strings(corpus, 800)
     assert tok.get_vocab_size() == back.n_vocab == 500 and back.eot_token == 499
     assert all(enc.encode_ordinary(text) == back.encode_ordinary(text) for text in texts)
     assert_same_tokens(back, tok, texts)
