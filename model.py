@@ -8,24 +8,33 @@ the names of the Hugging Face checkpoints: what is trained here opens in `transf
     model, enc = load_pretrained("base")        # or a folder, or a hub name such as "Qwen/Qwen2.5-1.5B"
     [out] = generate(model, [encode_prompt(enc, "def f(xs):")], max_new_tokens=64, temperature=0.8, seeds=[0])
 
+    python model.py                             # continues a small problem with the shipped base
+    python model.py --model Qwen/Qwen2.5-1.5B --prompt "def fibonacci(n):" --temperature 0.8
+
 On a GPU products are bfloat16 (`autocast`), whatever the weights are kept in.
 
 Shapes: B rows, T new tokens, S cached positions, D width, H query heads, K key/value heads, C width of a
 head, V vocabulary.
 """
-import itertools
+import argparse
+import codecs
 import json
 import math
 import os
 import shutil
-import unicodedata
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
-import tiktoken
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,22 +73,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
 
-def rope_frequencies(cfg: GPTConfig) -> Tensor:
+def rope_frequencies(cfg: GPTConfig, device="cpu") -> Tensor:
     """Angular frequency of each rotated pair, (C/2,), in radians per position, with Llama-3.1's scaling."""
-    freq = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2).float() / cfg.head_dim)    # (C/2,)
-    if cfg.rope_scaling:
-        factor, low, high, original = (cfg.rope_scaling[name] for name in LLAMA3_SCALING)
-        # Waves longer than the original context are stretched by `factor`; fast ones stay; a ramp joins them.
-        turns = original * freq / (2 * math.pi)
-        ramp = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = freq * (ramp + (1 - ramp) / factor)
-    return freq
+    pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float32, device=device)            # (C/2,)
+    freq = cfg.rope_theta ** (-pair / cfg.head_dim)
+    if cfg.rope_scaling is None:
+        return freq
+    factor, low, high, original = (cfg.rope_scaling[name] for name in LLAMA3_SCALING)
+    # Waves longer than the original context are stretched by `factor`; fast ones stay; a ramp joins them.
+    turns = original * freq / (2 * math.pi)
+    ramp = ((turns - low) / (high - low)).clamp(0, 1)
+    return freq * (ramp + (1 - ramp) / factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in the half-split layout: x (B, T, heads, C), cos and sin (B or 1, T, 1,
-    C/2).
-    """
+    """Rotary positions, half-split layout: x (B, T, heads, C), cos and sin (B or 1, T, 1, C/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -98,21 +106,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope, mask: Tensor | None, store) -> Tensor:
         B, T, _ = x.shape
         H, K, C = self.cfg.n_head, self.cfg.n_kv_head, self.cfg.head_dim
-        q = self.q_proj(x).view(B, T, H, C)
-        k = self.k_proj(x).view(B, T, K, C)
-        v = self.v_proj(x).view(B, T, K, C)
+        q, k, v = (project(x).view(B, T, -1, C) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if store is None:
-            k, v = (t.repeat_interleave(H // K, dim=2).transpose(1, 2) for t in (k, v))    # (B, H, T, C)
-            q = q.transpose(1, 2)
+            q = q.transpose(1, 2)                                                          # (B, H, T, C)
+            k = k.repeat_interleave(H // K, dim=2).transpose(1, 2)
+            v = v.repeat_interleave(H // K, dim=2).transpose(1, 2)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         else:
             # Few queries, a long cache: copying its keys for each head takes half of the time of decoding. So
             # the heads that share a key stand in line as further queries of that key.
-            k, v = (t.transpose(1, 2) for t in store(k, v))                                # (B, K, S, C)
-            q = q.view(B, T, K, H // K, C).transpose(1, 2).reshape(B, K, -1, C)           # (B, K, T * H/K, C)
+            k, v = store(k, v).transpose(2, 3)                                             # (B, K, S, C)
+            q = q.view(B, T, K, H // K, C).transpose(1, 2).reshape(B, K, -1, C)            # (B, K, T*H/K, C)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             y = y.view(B, K, T, H // K, C).transpose(2, 3).flatten(1, 2)                   # (B, H, T, C)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                            # (B, T, D)
@@ -155,19 +162,14 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.lm_head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
-        # recompute each block in the backward pass: a third more time, less memory
-        self.grad_checkpoint = False
-        # tokens that exist: Qwen's matrices have more rows, which are not drawn
-        self.n_vocab = cfg.vocab_size
+        self.grad_checkpoint = False    # recompute blocks in the backward pass: more time, less memory
+        self.n_vocab = cfg.vocab_size   # tokens that exist; Qwen's matrices have more rows, never drawn
         self.limit = cfg.context        # longest sequence that will be put in; a run may lower it
-        self.freq = None                # rope_frequencies; no buffer, which `.to(torch.bfloat16)` would round
-        self.apply(self._init)
-
-    def _init(self, module: nn.Module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
 
     @property
     def device(self) -> torch.device:
@@ -185,35 +187,33 @@ class GPT(nn.Module):
         Raises ValueError if a position lies beyond the model's limit.
         """
         T, dev = tokens.shape[1], tokens.device
-        steps, mask, end = torch.arange(T, device=dev), None, T
-        pos = steps[None]               # relative: they need not restart with each document
+        pos = torch.arange(T, device=dev)[None]            # relative: they do not restart with each document
+        mask, end = None, T
         if cache is not None:
-            pos = cache.length[:, None] + steps                                            # (B, T)
+            pos = cache.length[:, None] + pos                                              # (B, T)
             # A CUDA graph that is being recorded cannot look at lengths.
             recording = dev.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            end = cache.k.shape[2] if recording else int(pos.max()) + 1
+            end = cache.kv.shape[3] if recording else int(pos.max()) + 1
             seen = torch.arange(end, device=dev) <= pos[..., None]                         # (B, T, S)
-            shared = self.config.n_head // self.config.n_kv_head
-            mask = seen.repeat_interleave(shared, dim=1)[:, None]                         # (B, 1, T * H/K, S)
+            sharing = self.config.n_head // self.config.n_kv_head
+            mask = seen.repeat_interleave(sharing, dim=1)[:, None]                         # (B, 1, T*H/K, S)
         elif doc is not None:
-            same = doc[:, :, None] == doc[:, None, :]
-            mask = (same & (steps[:, None] >= steps))[:, None]                             # (B, 1, T, T)
+            same = doc[:, :, None] == doc[:, None, :]                                      # (B, T, T)
+            mask = same.tril()[:, None]                                                    # (B, 1, T, T)
         if end > self.limit:
             raise ValueError(f"a sequence of {end} tokens does not fit the model's context of {self.limit}")
-        if self.freq is None or self.freq.device != dev:
-            self.freq = rope_frequencies(self.config).to(dev)
-        angle = pos[..., None, None] * self.freq                                         # (B or 1, T, 1, C/2)
+        angle = pos[..., None, None] * rope_frequencies(self.config, dev)              # (B or 1, T, 1, C/2)
         rope = angle.cos(), angle.sin()
         with autocast(dev):
             x = self.embed_tokens(tokens)                                                  # (B, T, D)
             for i, block in enumerate(self.layers):
-                store = cache.writer(i, pos, end) if cache is not None else None
+                store = partial(cache.store, i, pos, end) if cache else None
                 if self.grad_checkpoint and torch.is_grad_enabled():
                     x = checkpoint(block, x, rope, mask, store, use_reentrant=False)
                 else:
                     x = block(x, rope, mask, store)
             x = self.norm(x)
-            x = x if at is None else x[at]                                               # (B, T, D) or (N, D)
+            x = x if at is None else x[at]                                             # (B, T, D) or (N, D)
             return self.unembed(x) if head else x
 
     def unembed(self, x: Tensor) -> Tensor:
@@ -223,143 +223,91 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype: torch.dtype = torch.float32) -> "GPT":
-        """A Llama-3.x, Qwen2.5, Qwen3 or SmolLM2 checkpoint: a local folder, or a name on the Hugging Face
-        hub.
+        """A Llama-3.x, Qwen2.5, Qwen3 or SmolLM2 checkpoint: a local folder, or a name on the hub.
 
         Files are memory-mapped and tensors converted one by one: there is never a second copy of the weights.
-        Raises OSError if the model cannot be had, ValueError if it is damaged or not the network that
-        config.json says.
+        Raises OSError if the model cannot be had, ValueError if it is damaged or not what config.json says.
         """
-        from safetensors import SafetensorError, safe_open
-        folder = find_model(name, "*config.json", "*.safetensors", "*.safetensors.index.json")
+        folder = find_model(name, "*.json", "*.safetensors")
         with torch.device("meta"):                   # shapes without memory
             model = cls(read_config(folder))
-        files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-        if index.exists() and not files[0].exists():
-            files = [folder / f for f in sorted(set(read_json(index).get("weight_map", {}).values()))]
-        wanted = {hub_key(k): list(v.shape) for k, v in model.state_dict().items()}
-        found = {}
-        for file in files:
-            try:
-                with safe_open(file, "pt") as tensors:
-                    for key in tensors.keys():
-                        want, have = wanted.get(key), tensors.get_slice(key).get_shape()
-                        if want == have:
-                            found[key] = tensors.get_tensor(key).to(device, dtype)
-                        elif want or not key.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
-                            want = want or "none of that name"       # but for two that follow from the rest
-                            raise ValueError(f"{file}: {key} is {have}, but config.json asks for {want}")
-            except (SafetensorError, OSError) as e:
-                raise ValueError(f"{file} cannot be read ({e}): download it again, as safetensors") from None
-        missing = [k for k in wanted if k not in found]
-        if missing:
-            raise ValueError(f"{folder}: {len(missing)} of {len(wanted)} tensors are missing "
-                             f"({missing[0]}): complete the download")
-        model.load_state_dict({k: found[hub_key(k)] for k in model.state_dict()}, assign=True)
+        skip = ("rotary_emb.inv_freq", *["lm_head.weight"] * model.config.tie_embeddings)
+        tensors = {name.removeprefix("model."): tensor.to(device, dtype)
+                   for name, tensor in read_tensors(folder) if not name.endswith(skip)}
+        with explain(folder):
+            model.load_state_dict(tensors, assign=True)
         return model
 
     def save_pretrained(self, folder, dtype: torch.dtype | None = None):
-        """Write config.json and model.safetensors as `transformers` and vLLM read them, in `dtype` (its own).
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        def write(tmp: Path):
-            try:
-                save_file(weights, tmp, metadata={"format": "pt"})
-            except SafetensorError as e:             # which is what a full disk looks like there
-                raise OSError(f"{folder} cannot be written: {e}") from None
-        weights = {hub_key(k): v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        config = write_config(self.config, dtype or self.embed_tokens.weight.dtype)
-        write_whole(Path(folder) / "model.safetensors", write)
-        text = json.dumps(config, indent=2) + "\n"
-        write_whole(Path(folder) / "config.json", lambda tmp: tmp.write_text(text))
+        """Write config.json and model.safetensors as `transformers` and vLLM read them, in `dtype`."""
+        dtype = dtype or self.embed_tokens.weight.dtype
+        tensors = {name if name == "lm_head.weight" else "model." + name: weight.to("cpu", dtype)
+                   for name, weight in self.state_dict().items()}
+        config = json.dumps(write_config(self.config, dtype), indent=2) + "\n"
+        save = partial(save_file, tensors, metadata={"format": "pt"})
+        try:
+            write_whole(Path(folder, "model.safetensors"), save)
+        except SafetensorError as e:                 # which is what a full disk looks like there
+            raise OSError(f"{folder} cannot be written: {e}") from None
+        write_whole(Path(folder, "config.json"), partial(Path.write_text, data=config))
 
 
 # ------------------------------------------------------------------------------------- KV cache and sampling
 
 
+@dataclass
 class KVCache:
-    """Keys and values of the tokens seen, with a length per row: rolling a row back is lowering its length.
+    """Keys and values of the tokens seen, a length per row: rolling a row back is lowering its length."""
+    kv: Tensor                          # (n_layer, 2, B, S, K, C)
+    length: Tensor                      # (B,) int64
 
-    k, v: (n_layer, B, S, K, C); length: (B,) int64.
-    """
+    def store(self, layer: int, pos: Tensor, end: int, k: Tensor, v: Tensor) -> Tensor:
+        """Store a layer's new k and v (B, T, K, C) at pos (B, T); returns all so far, (2, B, end, K, C)."""
+        rows = torch.arange(len(pos), device=pos.device)[:, None]
+        self.kv[layer][:, rows, pos] = torch.stack([k, v]).to(self.kv.dtype)
+        return self.kv[layer, :, :, :end]
 
-    def __init__(self, cfg: GPTConfig, rows: int, size: int, device, dtype):
-        shape = (cfg.n_layer, rows, size, cfg.n_kv_head, cfg.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = torch.zeros(rows, dtype=torch.int64, device=device)
-
-    def writer(self, layer: int, pos: Tensor, end: int):
-        """A function that stores this layer's new (B, T, K, C) at pos (B, T) and returns all up to `end`."""
-        rows = torch.arange(pos.shape[0], device=pos.device)[:, None]
-
-        def store(k: Tensor, v: Tensor):
-            self.k[layer][rows, pos], self.v[layer][rows, pos] = k.to(self.k.dtype), v.to(self.v.dtype)
-            return self.k[layer, :, :end].type_as(k), self.v[layer, :, :end].type_as(v)
-        return store
-
-    def select(self, rows: Tensor) -> "KVCache":
-        """A new cache that holds the given rows, (R,) int64 (repeated ones are copied)."""
-        new = object.__new__(KVCache)
-        new.k, new.v, new.length = self.k[:, rows], self.v[:, rows], self.length[rows]
-        return new
-
-    def put(self, rows: Tensor, other: "KVCache"):
-        """Overwrite the given rows with those of another cache (of no greater size)."""
-        size = other.k.shape[2]
-        self.k[:, rows, :size], self.v[:, rows, :size], self.length[rows] = other.k, other.v, other.length
+    def select(self, rows) -> "KVCache":
+        """A new cache that holds the given rows, a list or (R,) int64 (repeated ones are copied)."""
+        return KVCache(self.kv[:, :, rows], self.length[rows])
 
 
 def new_cache(model: GPT, rows: int, size: int) -> KVCache:
-    """An empty cache, in the precision in which the model computes."""
-    dtype = torch.bfloat16 if model.device.type == "cuda" else model.embed_tokens.weight.dtype
-    return KVCache(model.config, rows, size, model.device, dtype)
+    """An empty cache of `size` tokens a row, in the precision in which the model computes."""
+    cfg, dev = model.config, model.device
+    dtype = torch.bfloat16 if dev.type == "cuda" else model.embed_tokens.weight.dtype
+    kv = torch.zeros(cfg.n_layer, 2, rows, size, cfg.n_kv_head, cfg.head_dim, dtype=dtype, device=dev)
+    return KVCache(kv, torch.zeros(rows, dtype=torch.int64, device=dev))
 
 
 class Decoder:
-    """One token more for every row of a cache: decode(last) is `model(last[:, None], cache=cache)[:, 0]`, (B,
-    V).
+    """One token more for each row of a cache: decode(last) is model(last[:, None], cache=cache)[:, 0].
 
     On a GPU the pass is recorded once, as a CUDA graph, and replayed: a small model's thousand kernels take
-    longer to launch than to run. A recording is bound to its cache's tensors: change `cache.length` in place
-    only.
+    longer to launch than to run. A recording is bound to its cache's tensors: change `cache.length` in place.
     """
-    aside = None                        # the stream to record on; a new one each time would cost memory
 
     def __init__(self, model: GPT, cache: KVCache):
         self.model, self.cache, self.graph = model, cache, None
 
     def __call__(self, last: Tensor) -> Tensor:
         if self.graph is not None:
-            self.last.copy_(last[:, None])
+            self.last.copy_(last)
             self.graph.replay()
             return self.logits
         logits = self.model(last[:, None], cache=self.cache)[:, 0]                         # (B, V)
-        if last.is_cuda:
-            # After a pass like any other, which has made autocast's copies of the weights. What the allocator
-            # holds unused cannot be given back in a recording, which would run out of memory.
-            torch.cuda.empty_cache()
-            self.last, graph = last[:, None].clone(), torch.cuda.CUDAGraph()
-            aside = Decoder.aside = Decoder.aside or torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                graph.capture_begin()
-                try:
-                    self.logits = self.model(self.last, cache=self.cache)[:, 0]
-                finally:
-                    graph.capture_end()
-            torch.cuda.current_stream().wait_stream(aside)
+        if last.is_cuda:                # the pass above has also made autocast's copies of the weights
+            self.last, graph = last.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):          # on a stream of its own, after emptying the allocator
+                self.logits = self.model(self.last[:, None], cache=self.cache)[:, 0]
             self.graph = graph          # only now: a recording that failed must not be replayed
         return logits
 
 
 def pad(rows: list, value: int, device=None) -> Tensor:
     """Right-pad lists to a (B, T) int64 tensor."""
-    width = max(map(len, rows))
-    padded = [[*row, *[value] * (width - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.int64, device=device)
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
 
 
 def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -382,165 +330,146 @@ class Sample:
     stopped: bool = False                                # False: cut off at max_new_tokens
 
 
-def uniforms(seed, n: int) -> np.ndarray:
-    """n numbers in [0, 1) from a generator seeded by what they are for: (seed, phase, step, problem, sample).
-    """
-    return np.random.default_rng(seed).random(n)
-
-
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds: list,
              temperature: float = 1.0, stop_ids: tuple[int, ...] | None = None, stop=None,
              batch_size: int = 256) -> list[Sample]:
-    """Continue each prompt until a token of stop_ids (default: end of document), stop(tokens), or
-    max_new_tokens.
+    """Continue each prompt until a token of stop_ids (default: end of document), stop(tokens) or the limit.
 
-    seeds: one per prompt, anything `np.random.default_rng` takes. A row that finishes hands its slot to the
-    next waiting prompt; when none waits, finished rows are dropped. Raises ValueError for an empty prompt or
-    one that leaves no room in the context.
+    seeds: one per prompt, anything `np.random.default_rng` takes, best what the sample is for: (seed, phase,
+    step, problem, sample). Each token takes one uniform number, see `pick`. A row that finishes hands its
+    slot to the next prompt that waits. Raises ValueError for an empty prompt, or one that leaves no room.
     """
+    limit, dev = model.limit, model.device
     stop_ids = {model.config.eos_id} if stop_ids is None else set(stop_ids)
-    for i, p in enumerate(prompts):
-        if not 0 < len(p) < model.limit:
-            raise ValueError(f"prompt {i} has {len(p)} tokens; between 1 and {model.limit - 1} fit")
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < limit:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; between 1 and {limit - 1} fit")
     if len(seeds) != len(prompts):
         raise ValueError(f"there are {len(prompts)} prompts, but {len(seeds)} seeds: each needs its own")
-    out = [Sample() for _ in prompts]
-    noise = [uniforms(s, max_new_tokens) for s in seeds]
-    # pop() takes the shortest: little padding
-    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-
-    def finished(i: int) -> bool:
-        s = out[i]
-        s.stopped = s.tokens[-1] in stop_ids or (stop is not None and stop(s.tokens))
-        return s.stopped or len(s.tokens) == max_new_tokens or len(prompts[i]) + len(s.tokens) == model.limit
-    with autocast(model.device):
-        rows = [waiting.pop() for _ in range(min(batch_size, len(waiting)))]   # the prompt in each slot
-        if rows:
-            size = max(map(len, prompts)) + max_new_tokens
-            cache = new_cache(model, len(rows), min(size, model.limit))
-            last = prefill(model, cache, list(range(len(rows))), [prompts[i] for i in rows])
-            live, decode = [True] * len(rows), Decoder(model, cache)
-        while rows:
-            logits = decode(torch.tensor(last, device=model.device)).float()               # (B, V)
-            cache.length += torch.tensor(live, device=model.device)  # who has finished rides along, and stays
-            u = [noise[i][len(out[i].tokens)] if on else 0.0 for i, on in zip(rows, live)]
-            # (B,)
-            drawn = pick(logits, torch.tensor(u, dtype=torch.float64, device=model.device), temperature)
-            logp = torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, drawn[:, None])    # (B, 1)
-            last, logp, ready = drawn.tolist(), logp[:, 0].tolist(), []
-            for slot, i in enumerate(rows):
-                if live[slot]:
-                    out[i].tokens.append(last[slot])
-                    out[i].logprobs.append(logp[slot])
-                    live[slot] = not finished(i)
-                    ready += [slot] * (not live[slot])
-            ready = ready[:len(waiting)]                                       # slots for those who wait
-            for slot in ready:
-                rows[slot], live[slot] = waiting.pop(), True
-            if ready:
-                fed = prefill(model, cache, ready, [prompts[rows[slot]] for slot in ready])
-                for slot, token in zip(ready, fed):
-                    last[slot] = token
+    out, rngs = [Sample() for _ in prompts], [np.random.default_rng(seed) for seed in seeds]
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))    # the shortest goes first: pop()
+    rows = [None] * min(batch_size, len(prompts))                            # the prompt in each slot
+    with autocast(dev):
+        cache = new_cache(model, len(rows), min(max(map(len, prompts), default=0) + max_new_tokens, limit))
+        decode = Decoder(model, cache)
+        while True:
+            free = [slot for slot, i in enumerate(rows) if i is None]
+            if free and waiting:
+                free = free[:len(waiting)]
+                for slot in free:
+                    rows[slot] = waiting.pop()
+                prefill(model, cache, free, [prompts[rows[slot]] for slot in free])
+            elif len(free) == len(rows):
+                return out
             # A smaller cache is copied and, on a GPU, recorded anew, which takes as long as some tokens.
-            if sum(live) <= (len(rows) // 2 if model.device.type == "cuda" else len(rows) - 1):
-                keep = [slot for slot, on in enumerate(live) if on]
-                cache = cache.select(torch.tensor(keep, dtype=torch.int64, device=model.device))
-                rows, last = [rows[slot] for slot in keep], [last[slot] for slot in keep]
-                live, decode = [True] * len(keep), Decoder(model, cache)
-    return out
+            elif len(free) >= (len(rows) / 2 if dev.type == "cuda" else 1):
+                keep = [slot for slot, i in enumerate(rows) if i is not None]
+                rows, cache = [rows[slot] for slot in keep], cache.select(keep)
+                decode = Decoder(model, cache)
+            # Who has finished rides along, fed with anything; its cache does not advance.
+            last = [0 if i is None else (out[i].tokens or prompts[i])[-1] for i in rows]
+            logits = decode(torch.tensor(last, device=dev)).float()                        # (B, V)
+            cache.length += torch.tensor([i is not None for i in rows], device=dev)
+            noise = [0.0 if i is None else rngs[i].random() for i in rows]
+            tokens = pick(logits, torch.tensor(noise, dtype=torch.float64, device=dev), temperature)
+            logprobs = torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, tokens[:, None])
+            for slot, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs[:, 0].tolist())):
+                if rows[slot] is None:
+                    continue
+                sample = out[rows[slot]]
+                sample.tokens.append(token)
+                sample.logprobs.append(logprob)
+                sample.stopped = token in stop_ids or bool(stop and stop(sample.tokens))
+                room = min(max_new_tokens, limit - len(prompts[rows[slot]]))
+                if sample.stopped or len(sample.tokens) == room:
+                    rows[slot] = None
 
 
-def prefill(model: GPT, cache: KVCache, slots: list[int], prompts: list[list[int]]) -> list[int]:
-    """Run prompts into slots of a cache, all tokens but the last, which are returned: decoding feeds them.
+def prefill(model: GPT, cache: KVCache, slots: list[int], prompts: list[list[int]]):
+    """Run prompts into slots of a cache, all tokens but the last, which is what decoding is fed first.
 
     What prompts share is run once: the samples of a group are one prompt, few-shot prompts share examples
     (633 of 736 tokens of MBPP's: two to three times as fast, 64 new tokens, SmolLM2-135M on a CPU).
     """
-    unique = {body: n for n, body in enumerate(dict.fromkeys(tuple(p[:-1]) for p in prompts))}
+    bodies = [tuple(prompt[:-1]) for prompt in prompts]
+    unique = {body: n for n, body in enumerate(dict.fromkeys(bodies))}
     prefix = os.path.commonprefix(list(unique))
     fresh = new_cache(model, 1, max(map(len, unique)))
-
-    def extend(cache: KVCache, parts: list):
+    for parts in ([prefix], [body[len(prefix):] for body in unique]):
+        fresh = fresh.select([0] * len(parts))
         if any(parts):
-            text = pad(parts, 0, model.device)                                             # (B, T)
-            model(text, cache=cache, at=torch.zeros_like(text, dtype=torch.bool))          # without logits
-        cache.length += torch.tensor([len(part) for part in parts], device=model.device)
-    extend(fresh, [prefix])
-    fresh = fresh.select(torch.zeros(len(unique), dtype=torch.int64, device=model.device))
-    extend(fresh, [body[len(prefix):] for body in unique])
-    copies = torch.tensor([unique[tuple(p[:-1])] for p in prompts], device=model.device)
-    cache.put(torch.tensor(slots, device=model.device), fresh.select(copies))
-    return [p[-1] for p in prompts]
+            model(pad(parts, 0, model.device), cache=fresh, head=False)
+        fresh.length += torch.tensor([len(part) for part in parts], device=model.device)
+    fresh = fresh.select([unique[body] for body in bodies])
+    cache.kv[:, :, slots, :fresh.kv.shape[3]] = fresh.kv
+    cache.length[slots] = fresh.length
 
 
 # ------------------------------------------------------------------------ the Hugging Face layout of a model
 
 
 def find_model(name, *patterns: str) -> Path:
-    """The folder of a model: `name` itself if it is one, else the hub's snapshot of files that match the
-    patterns.
-    """
-    if Path(name).is_dir():
-        if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
-            raise ValueError(f"{name} is an adapter (LoRA): merge it into its model, and give that folder")
-        return Path(name)
-    from huggingface_hub import errors, snapshot_download
-    nowhere = f"there is no folder {str(name)!r}"
+    """The folder of a model: `name` itself, or the hub's snapshot of its files that match the patterns."""
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=list(patterns)))
+        except Exception as e:                       # the many ways of a network, or of a disk, to fail
+            raise OSError(f"there is no folder {str(name)!r}, and the hub has given no model of that name "
+                          f"({type(e).__name__}: {shorten(str(e), 200)}): check the spelling and the "
+                          "connection; for one that is gated or private accept its terms there, and run "
+                          "`hf auth login`") from None
+    return folder
+
+
+@contextmanager
+def explain(source: Path):
+    """Make whatever goes wrong with a file of a model a ValueError of one sentence, which names it."""
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
-    except errors.GatedRepoError:
-        raise PermissionError(f"the model {str(name)!r} is gated: accept its terms on its hub page, then run "
-                              "`hf auth login`") from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise FileNotFoundError(f"{nowhere} and no such model on the hub: check the spelling (private ones "
-                                "need `hf auth login`)") from None
-    except Exception as e:                           # the many ways of a network to fail
-        if isinstance(e, OSError) and e.filename:
-            raise                                    # it is the disk
-        reason = str(e).strip().partition("\n")[0]
-        raise OSError(f"{nowhere}, and the hub did not answer for a model of that name ({reason}): check the "
-                      "connection, or give the path of a downloaded folder") from None
+        yield
+    except Exception as e:                           # libraries have many kinds, and texts of many lines
+        reason = shorten(f"{type(e).__name__}: {e}", 300)
+        raise ValueError(f"{source} cannot be used as part of a model in the Hugging Face layout ({reason}); "
+                         "if it is damaged, download it again") from None
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises FileNotFoundError or ValueError, with the file's name."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"a {type(content).__name__} where an object should be")
-        return content
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file.parent} has no {file.name}: give the folder of a model in the "
-                                "Hugging Face layout") from None
-    except ValueError as e:
-        raise ValueError(f"{file} is not valid JSON ({e}): download or save it again") from None
+    """The object in a JSON file. Raises ValueError."""
+    with explain(file):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def write_whole(file: Path, write):
-    """Let `write` fill a temporary neighbour of `file`, then put it in place: no reader ever sees half a
-    file.
-    """
+    """Let write(path) fill a neighbour of `file`, then put it in place: no reader ever sees half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
         write(tmp)
-        mask = os.umask(0)
-        os.umask(mask)
-        tmp.chmod(0o666 & ~mask)                     # safetensors makes files that nobody else may read
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())               # else a power failure could leave the name without the content
+        tmp.chmod(mode)                              # safetensors makes files that nobody else may read
+        sync(tmp)                                    # or a power failure leaves the name without the content
         os.replace(tmp, file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        os.fsync(folder)                             # and the name itself
-        os.close(folder)
+        sync(file.parent)
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def hub_key(ours: str) -> str:
-    """The checkpoint's name of a parameter of GPT."""
-    return ours if ours.startswith("lm_head.") else "model." + ours
+def sync(path: Path):
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def read_tensors(folder: Path):
+    """Yields (name, tensor) of a checkpoint of one file or several, mapped, not read. Raises ValueError."""
+    whole = folder / "model.safetensors"
+    for file in [whole] if whole.exists() else sorted(folder.glob("model-*-of-*.safetensors")):
+        with explain(file):
+            yield from load_file(file).items()
 
 
 # What config.json calls the fields of GPTConfig, and the further entries of Llama-3's rope_scaling.
@@ -559,164 +488,105 @@ SUPPORTED = dict(
 def read_config(folder: Path) -> GPTConfig:
     """The GPTConfig of a config.json. Raises ValueError for whatever this network does not compute."""
     file = folder / "config.json"
-    c = {"hidden_act": "silu", "rope_theta": 10_000.0, "tie_word_embeddings": False, **read_json(file)}
-    try:
+    hub = {"hidden_act": "silu", "rope_theta": 10_000.0, "tie_word_embeddings": False, **read_json(file)}
+    with explain(file):
         # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling.
-        rope = c.get("rope_parameters") or {"rope_theta": c["rope_theta"], **(c.get("rope_scaling") or {})}
-        c["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        rope = {**hub, **(hub.get("rope_scaling") or {}), **(hub.get("rope_parameters") or {})}
+        hub["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         for key, values in SUPPORTED.items():
-            if c.get(key) not in values:
+            if hub.get(key) not in values:
                 known = " or ".join(map(repr, values))
-                raise ValueError(f"{file}: {key} {c.get(key)!r} is not supported, only {known}")
-        c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
-        c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        ends = c.get("eos_token_id")
-        if ends is None and (folder / "generation_config.json").exists():
-            ends = read_json(folder / "generation_config.json").get("eos_token_id")
-        if ends is None:
-            raise ValueError(f"{file}: eos_token_id is missing: set it to the token that ends a text")
-        c["eos_token_id"] = ends[0] if isinstance(ends, list) else int(ends)
-        scaling = {k: rope[k] for k in LLAMA3_SCALING} if c["rope_type"] == "llama3" else None
-        return GPTConfig(**{ours: c[theirs] for ours, theirs in HUB_NAMES.items()}, rope_scaling=scaling,
-                         rope_theta=float(rope["rope_theta"]), qkv_bias=c["model_type"] == "qwen2",
-                         qk_norm=c["model_type"] == "qwen3")
-    except (KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as e:
-        raise ValueError(f"{file}: an entry is missing or of a wrong type ({e}): take it from the model's "
-                         "own page") from None
+                raise ValueError(f"{key} {hub.get(key)!r} is not supported, only {known}")
+        hub["num_key_value_heads"] = hub.get("num_key_value_heads") or hub["num_attention_heads"]
+        hub["head_dim"] = hub.get("head_dim") or hub["hidden_size"] // hub["num_attention_heads"]
+        ends = hub["eos_token_id"]
+        hub["eos_token_id"] = ends[0] if isinstance(ends, list) else int(ends)
+        cfg = GPTConfig(**{ours: hub[theirs] for ours, theirs in HUB_NAMES.items()})
+        cfg.rope_theta = float(rope["rope_theta"])
+        if hub["rope_type"] == "llama3":
+            cfg.rope_scaling = {key: rope[key] for key in LLAMA3_SCALING}
+    cfg.qkv_bias, cfg.qk_norm = hub["model_type"] == "qwen2", hub["model_type"] == "qwen3"
+    return cfg
 
 
 def write_config(cfg: GPTConfig, dtype: torch.dtype) -> dict:
     """The config.json of a GPTConfig: the inverse of read_config."""
-    if cfg.qkv_bias and cfg.qk_norm:
-        raise ValueError("no family on the hub has both qkv_bias and qk_norm: such a model cannot be saved")
     family = "Qwen3" if cfg.qk_norm else "Qwen2" if cfg.qkv_bias else "Llama"
-    return dict({theirs: getattr(cfg, ours) for ours, theirs in HUB_NAMES.items()},
-                architectures=[f"{family}ForCausalLM"], model_type=family.lower(), hidden_act="silu",
-                rope_theta=cfg.rope_theta, bos_token_id=None, torch_dtype=str(dtype).removeprefix("torch."),
-                rope_scaling={"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None)
+    scaling = {"rope_type": "llama3", **cfg.rope_scaling} if cfg.rope_scaling else None
+    return {theirs: getattr(cfg, ours) for ours, theirs in HUB_NAMES.items()} | dict(
+        architectures=[f"{family}ForCausalLM"], model_type=family.lower(), hidden_act="silu",
+        rope_theta=cfg.rope_theta, rope_scaling=scaling, bos_token_id=None,
+        torch_dtype=str(dtype).removeprefix("torch."))
 
 
 # --------------------------------------------------------------------------------------------- the tokenizer
 
-# A text is first cut into pieces by a pattern; no token reaches across a cut. GPT-2's cuts, the same as
-# tiktoken writes them, and with every digit apart (SmolLM2), where a run of spaces also ends at a digit.
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT2_TIKTOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-GPT2_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-
 # tokenizer.json shows a byte as one character: its own if that is visible, the others from U+0100 on.
-VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-HIDDEN = sorted(set(range(256)) - set(VISIBLE))
-BYTE_OF = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(HIDDEN)}
-CHAR_OF = {b: c for c, b in BYTE_OF.items()}
+HIDDEN = [b for b in range(256) if chr(b) == " " or not chr(b).isprintable()]
+CHAR_OF = {b: chr(256 + HIDDEN.index(b)) if b in HIDDEN else chr(b) for b in range(256)}
+BYTE_OF = {char: b for b, char in CHAR_OF.items()}
 
 # Files that go with a model from folder to folder; vLLM looks into the last for all tokens that end a text.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-class HubEncoding(tiktoken.Encoding):
-    """An Encoding that does what some tokenizers do beside BPE: normalise Unicode (Qwen), drop bytes
-    (SmolLM2).
+class Encoding:
+    """A tokenizer.json, byte-level BPE, with the methods of a `tiktoken.Encoding` that are called here.
 
-    size: ids of the tokenizer, those above stand for unknown bytes; nfc: whether it normalises; bos: what it
-    sets before every document (Llama-3), see `encode_prompt`; source: its tokenizer.json.
+    n_vocab: the highest token + 1. eot_token: <|endoftext|>, None if there is none. bos: what the tokenizer
+    sets before a document (Llama-3's <|begin_of_text|>), see `encode_prompt`. source: the file.
+    Raises ValueError if the file is damaged, of another kind, or if the tokenizer changes its text.
     """
 
-    def __init__(self, name: str, *, size: int, nfc: bool, bos: list[int], source: Path, **bpe):
-        super().__init__(name, **bpe)
-        self.size, self.nfc, self.bos, self.source, self.max_token_value = size, nfc, bos, source, size - 1
-
-    def __getstate__(self):                          # for pickle: the arguments of __init__
-        mine = dict(size=self.size, nfc=self.nfc, bos=self.bos, source=self.source)
-        return super().__getstate__() | mine
-
-    def encode(self, text: str, **special) -> list[int]:
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        return [t for t in super().encode(text, **special) if t < self.size]
+    def __init__(self, source: Path):
+        self.source, spec = source, read_json(source) | {"truncation": None, "padding": None}
+        with explain(source):
+            special = self._special_tokens = {token["content"]: token["id"] for token in spec["added_tokens"]}
+            self._mergeable_ranks = {bytes(BYTE_OF[char] for char in text): i
+                                     for text, i in spec["model"]["vocab"].items() if text not in special}
+            self._with_special = Tokenizer.from_str(json.dumps(spec))
+            self._ordinary = Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+            self._bytes = {i: text for text, i in self._mergeable_ranks.items()}
+            self._bytes |= {i: text.encode() for text, i in special.items()}
+            code = "Def f(x):\n    return x\n"
+            if self.decode(self.encode_ordinary(code)) != code:
+                raise ValueError("only byte-level BPE, as of SmolLM2, Llama-3 and Qwen, is supported")
+        self.n_vocab, self.eot_token = max(self._bytes) + 1, special.get("<|endoftext|>")
+        probe = self._with_special.encode("x")
+        self.bos = probe.ids[:probe.special_tokens_mask.index(0)]
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self.encode(text, disallowed_special=())
+        """The tokens of a text. What looks like a special token, as in real code, is text like any other."""
+        text = text.encode("utf-8", "replace").decode()          # JSON may hold half of a surrogate pair
+        return self._ordinary.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str, allowed_special="all") -> list[int]:
+        """The tokens of a text that holds special tokens as text, as a chat template writes them."""
+        return self._with_special.encode(text, add_special_tokens=False).ids
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        return self._bytes.get(token, b"")           # a few ids may stand for nothing
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        """The exact bytes of tokens, which may begin or end within a character."""
+        return b"".join(map(self.decode_single_token_bytes, tokens))
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.decode_bytes(tokens).decode("utf-8", "replace")
 
 
-def load_tokenizer(name) -> HubEncoding:
-    """The tokenizer.json of a model, byte-level BPE, as a tiktoken.Encoding with the same tokens.
-
-    tiktoken joins the two neighbours whose union has the lowest id, `tokenizers` the two whose merge comes
-    first. They agree if the merges are in the order of the ids and make every token, which is checked. Its
-    added tokens are tiktoken's special tokens; real code contains such strings, so encode with
-    `encode_ordinary`, which never reads them as tokens. Raises OSError if there is no such file, ValueError
-    if it is of another kind.
-    """
-    file = find_model(name, *TOKENIZER_FILES) / "tokenizer.json"
-    spec = read_json(file)
-
-    def need(fact, otherwise):
-        if not fact:
-            raise ValueError(f"{file}: {otherwise} is not supported, only byte-level BPE as of SmolLM2, "
-                             "Llama-3 and Qwen")
-    try:
-        bpe, added, normalizer = spec["model"], spec["added_tokens"], spec.get("normalizer")
-        odd = bpe.get("byte_fallback") or bpe.get("continuing_subword_prefix")
-        need(bpe["type"] == "BPE" and not odd, f"its kind of {bpe['type']} model")
-        need(normalizer in (None, {"type": "NFC"}), f"the normalizer {normalizer}")
-        pattern = split_pattern(spec["pre_tokenizer"])
-        need(pattern, f"the pre_tokenizer {spec['pre_tokenizer']}")
-        greedy = any(t.get(k) for t in added for k in ("lstrip", "rstrip", "single_word"))
-        need(not greedy, "an added token that swallows its neighbours")
-        special = {t["content"]: t["id"] for t in added}
-        ranks = {bytes(BYTE_OF[c] for c in t): i for t, i in bpe["vocab"].items() if t not in special}
-        bos = beginning(spec.get("post_processor"))
-        made = [bpe["vocab"][m.replace(" ", "") if isinstance(m, str) else "".join(m)] for m in bpe["merges"]]
-    except (KeyError, TypeError, AttributeError) as e:
-        need(False, f"an entry ({type(e).__name__}: {e})")
-    need(made == sorted(made), "a vocabulary in another order than its merges")
-    merged = set(made)
-    orphans = [t for t, i in ranks.items() if len(t) > 1 and i not in merged]
-    if bpe.get("ignore_merges"):    # Llama-3, like tiktoken, takes a piece that is a token as it is
-        orphans = [t for t in orphans if any(t[:i] in ranks and t[i:] in ranks for i in range(1, len(t)))]
-    need(not orphans, f"a token that no merge makes ({orphans[:1]})")
-    size = 1 + max([*ranks.values(), *special.values()])
-    # tiktoken wants a rank for every byte
-    unknown = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-    ranks |= {b: size + i for i, b in enumerate(unknown)}
-    return HubEncoding(str(name), size=size, nfc=normalizer is not None, bos=bos, source=file,
-                       pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+def load_tokenizer(name) -> Encoding:
+    """The tokenizer of a model, a folder or a hub name. Raises OSError if there is none, else as Encoding."""
+    return Encoding(find_model(name, *TOKENIZER_FILES) / "tokenizer.json")
 
 
-def split_pattern(pre: dict) -> str | None:
-    """The pattern of a pre_tokenizer's pieces: GPT-2's, the same with Digits, or one of its own; None:
-    neither.
-    """
-    *first, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space") or len(first) > 1:
-        return None
-    if last.get("use_regex", True):
-        digits = [{"type": "Digits", "individual_digits": True}]
-        return GPT2 if not first else GPT2_DIGITS if first == digits else None
-    own = first[0] if first else {}
-    return own["pattern"].get("Regex") if own.get("behavior") == "Isolated" and not own["invert"] else None
-
-
-def beginning(post: dict | None) -> list[int]:
-    """The ids of the special tokens that a post_processor sets before a text."""
-    parts = post["processors"] if post and post["type"] == "Sequence" else [post] if post else []
-    out = []
-    for part in parts:
-        if part["type"] == "TemplateProcessing":
-            for piece in itertools.takewhile(lambda piece: "SpecialToken" in piece, part["single"]):
-                out += part["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
-    return out
-
-
-def encode_prompt(enc: tiktoken.Encoding, text: str) -> list[int]:
+def encode_prompt(enc, text: str) -> list[int]:
     """Tokens of the beginning of a document: after Llama-3's <|begin_of_text|>; others have none."""
     return [*getattr(enc, "bos", ()), *enc.encode_ordinary(text)]
 
 
-def load_pretrained(name, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[GPT, HubEncoding]:
-    """A model and its tokenizer. Raises what the two loaders raise; ValueError if the two do not fit
-    together.
-    """
+def load_pretrained(name, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[GPT, Encoding]:
+    """A model and its tokenizer. Raises what the two loaders raise; ValueError if they do not fit."""
     enc, model = load_tokenizer(name), GPT.from_pretrained(name, device, dtype)
     if enc.n_vocab > model.n_vocab:
         raise ValueError(f"the tokenizer of {name} has {enc.n_vocab} tokens, its model {model.n_vocab}: "
@@ -725,9 +595,53 @@ def load_pretrained(name, device="cpu", dtype: torch.dtype = torch.float32) -> t
     return model, enc
 
 
-def save_tokenizer(enc: HubEncoding, folder):
+def save_tokenizer(enc: Encoding, folder):
     """Copy the files of a loaded tokenizer, for load_tokenizer and every other tool."""
     for name in TOKENIZER_FILES:
         file = enc.source.with_name(name)
         if file.exists():
-            write_whole(Path(folder) / name, lambda tmp, file=file: shutil.copyfile(file, tmp))
+            write_whole(Path(folder, name), partial(shutil.copyfile, file))
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+PROBLEM = 'def f(xs):\n    """add 3 * 4 - 5; above 7 + 2; total"""\n'
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description="Continue a program, token by token.")
+    parser.add_argument("--model", default=Path(__file__).parent / "base", help="a folder, or a hub name")
+    parser.add_argument("--prompt", help="else what stands in stdin or, at a terminal, a small problem")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token each time")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="where it ends at the latest")
+    args = parser.parse_args(argv)
+    from bench import meet_at_decision
+    text = args.prompt or (PROBLEM if sys.stdin.isatty() else sys.stdin.read())
+    # White space belongs to the tokens that follow it. Whole lines end where training cuts programs; after a
+    # colon the model chooses its indentation.
+    whole = text.rstrip(" \t").endswith("\n") and not text.rstrip().endswith(":")
+    text = meet_at_decision(text)[0] if whole and text.strip() else text.rstrip()
+    characters = codecs.getincrementaldecoder("utf-8")("replace")    # a token may be half a character
+
+    def show(tokens: list[int]):
+        print(characters.decode(enc.decode_bytes(tokens[-1:])), end="", flush=True)
+    try:
+        model, enc = load_pretrained(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+        prompt = encode_prompt(enc, text)
+        print(enc.decode(prompt), end="", flush=True)
+        [sample] = generate(model, [prompt], max_new_tokens=args.max_new_tokens, seeds=[args.seed],
+                            temperature=args.temperature, stop=show)
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
+    tokens = torch.tensor(prompt + sample.tokens, device=model.device)                   # (T,)
+    logits = model(tokens[None])[0, len(prompt) - 1:-1].float() / (args.temperature or 1.0)
+    losses = F.cross_entropy(logits, tokens[len(prompt):], reduction="none").cpu()
+    gap = (losses + torch.tensor(sample.logprobs)).abs().max()
+    print(f"\n\n{len(prompt)} tokens in, {len(sample.tokens)} out. Log-probabilities one by one with a KV "
+          f"cache, and in one pass without: the largest difference is {gap:.1e}.", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

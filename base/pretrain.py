@@ -21,17 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mstep  # noqa: E402
 from base.world import rows  # noqa: E402
 from elbo import ACTION, PROMPT, Trace  # noqa: E402
-from model import CHAR_OF, GPT, GPT2_TIKTOKEN, GPTConfig, encode_prompt, write_whole  # noqa: E402
+from model import CHAR_OF, GPT, GPTConfig, encode_prompt, write_whole  # noqa: E402
 
 # ------------------------------------------------------------------------------------------- the tokenizer
+
+
+# How GPT-2 cuts a text into the pieces that no token reaches across, as tiktoken writes it.
+GPT2_CUTS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def train_tokenizer(vocab_size: int = 416) -> tiktoken.Encoding:
     """Byte-pair encoding learnt from the world's own text, with GPT-2's pre-tokenizer."""
     text = "\n".join(row["prompt"] + row["solution"] for row in rows("web", 600, seed=0))
-    ranks = bpe_train(text, vocab_size - 1, GPT2_TIKTOKEN, visualise=None)
+    ranks = bpe_train(text, vocab_size - 1, GPT2_CUTS, visualise=None)
     special = {"<|endoftext|>": vocab_size - 1}
-    return tiktoken.Encoding("ra3-world", pat_str=GPT2_TIKTOKEN,
+    return tiktoken.Encoding("ra3-world", pat_str=GPT2_CUTS,
                              mergeable_ranks=ranks, special_tokens=special)
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import bench  # noqa: E402
 import elbo  # noqa: E402
 import estep  # noqa: E402
-from model import GPT, KVCache, load_tokenizer, pad  # noqa: E402
+from model import GPT, load_tokenizer, new_cache, pad  # noqa: E402
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def token_by_token(model: GPT, traces: list[elbo.Trace]):
     prompts = [[x for x, k in zip(t.tokens, t.line) if k < 0] for t in traces]
     rest = pad([[x for x, k in zip(t.tokens, t.line) if k >= 0] for t in traces], model.config.eos_id)
     length = torch.tensor([len(p) for p in prompts])
-    cache = KVCache(model.config, len(traces), int(length.max()) + rest.shape[1], model.device, torch.float32)
+    cache = new_cache(model, len(traces), int(length.max()) + rest.shape[1])
     model(pad(prompts, model.config.eos_id), cache=cache)
     cache.length = length
     for i in range(rest.shape[1]):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import GPT, Decoder, GPTConfig, KVCache, generate, pad, pick, rope_frequencies, uniforms
+from model import GPT, Decoder, GPTConfig, generate, new_cache, pad, pick, prefill, rope_frequencies
 
 TINY = dict(vocab_size=61, d_model=32, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, d_ff=48, context=64, eos_id=0)
 KINDS = {
@@ -39,7 +39,7 @@ def test_cached_logits_equal_uncached(kind):
     """Rows of unequal lengths, several tokens at a time, with rejected tokens rolled back: as if each row had run alone."""
     model, rng, B = tiny(**KINDS[kind]), np.random.default_rng(1), 3
     assert model(tokens(1, 9)).std() > 0.5                          # the models under test are not flat
-    cache, kept = KVCache(model.config, B, 60, "cpu", torch.float32), [[] for _ in range(B)]
+    cache, kept = new_cache(model, B, 60), [[] for _ in range(B)]
     for T in (5, 1, 7, 3, 1, 1, 6):
         new = tokens(B, T, seed=T + 100 * len(kept[0]))
         logits = model(new, cache=cache)                                                              # (B, T, V)
@@ -67,8 +67,9 @@ def test_a_recorded_pass_is_the_pass(kind, autocast):
     model, counted = tiny(**KINDS[kind]).cuda(), []
     model.register_forward_pre_hook(lambda _, args: counted.append(args[0].numel()))
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        caches, prompts = [KVCache(model.config, 3, 40, "cuda", torch.bfloat16 if autocast else torch.float32) for _ in range(2)], tokens(3, 7).cuda()
+        caches, prompts = [new_cache(model, 3, 40) for _ in range(2)], tokens(3, 7).cuda()
         for cache in caches:
+            cache.kv = cache.kv if autocast else cache.kv.float()
             model(prompts, cache=cache)
             cache.length = torch.tensor([7, 3, 5], device="cuda")
         decode = Decoder(model, caches[1])
@@ -97,7 +98,7 @@ def test_a_gpu_draws_what_the_cpu_draws(batch_size):
 @torch.no_grad()
 def test_rows_of_a_cache_are_selected_copied_and_overwritten():
     model, rows = tiny(), tokens(4, 10)
-    cache = KVCache(model.config, 4, 20, "cpu", torch.float32)
+    cache = new_cache(model, 4, 20)
     model(rows, cache=cache)
     cache.length += torch.tensor([10, 8, 6, 4])
     picked = cache.select(torch.tensor([2, 0, 2]))
@@ -106,12 +107,9 @@ def test_rows_of_a_cache_are_selected_copied_and_overwritten():
         whole = torch.cat([rows[row, :n], tokens(3, 1, seed=5)[slot]])
         assert (logits[slot] - model(whole[None])[0, -1]).abs().max() < 1e-4
     assert cache.length.tolist() == [10, 8, 6, 4]
-    small = KVCache(model.config, 1, 3, "cpu", torch.float32)
-    model(tokens(1, 3, seed=6), cache=small)
-    small.length += 3
-    cache.put(torch.tensor([1]), small)
+    prefill(model, cache, [1], [tokens(1, 4, seed=6)[0].tolist()])     # all but the last of four
     logits = model(tokens(4, 1, seed=7), cache=cache)[:, 0]
-    assert (logits[1] - model(torch.cat([tokens(1, 3, seed=6), tokens(4, 1, seed=7)[1:2]], 1))[0, -1]).abs().max() < 1e-4
+    assert (logits[1] - model(torch.cat([tokens(1, 4, seed=6)[:, :3], tokens(4, 1, seed=7)[1:2]], 1))[0, -1]).abs().max() < 1e-4
     assert (logits[3] - model(torch.cat([rows[3:, :4], tokens(4, 1, seed=7)[3:]], 1))[0, -1]).abs().max() < 1e-4
 
 
@@ -215,7 +213,7 @@ def test_beyond_the_context():
     assert model(tokens(1, 16)).shape == (1, 16, 61)
     with pytest.raises(ValueError, match="17 tokens does not fit the model's context of 16"):
         model(tokens(1, 17))
-    cache = KVCache(model.config, 2, 100, "cpu", torch.float32)
+    cache = new_cache(model, 2, 100)
     cache.length += torch.tensor([3, 15])
     model(tokens(2, 1), cache=cache)
     with pytest.raises(ValueError, match="context of 16"):
@@ -244,15 +242,10 @@ def test_a_large_vocabulary_is_drawn_evenly():
     assert (drawn - torch.arange(1, 100) * V / 100).abs().max() <= 1
 
 
-def test_uniforms_are_seeded_by_what_they_are_for():
-    assert (uniforms((1, 2, 3), 5) == uniforms((1, 2, 3), 9)[:5]).all()         # a longer draw begins the same
-    assert len({uniforms(s, 1)[0] for s in ((1, 2, 3), (1, 3, 2), (1, 2), 1, (2, 2, 3))}) == 5
-
-
 @torch.no_grad()
 def naive(model, prompt, seed, n, temperature, stop_ids, stop=None):
     """The definition: one row, no cache, one uniform per token. Returns tokens, logprobs, whether it stopped."""
-    out, logps, noise = [], [], uniforms(seed, n)
+    out, logps, noise = [], [], np.random.default_rng(seed).random(n)
     while len(out) < n and len(prompt) + len(out) < model.config.context:
         logits = model(torch.tensor([prompt + out]))[0, -1]
         p = torch.softmax(logits.double() / (temperature or 1), -1)

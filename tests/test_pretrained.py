@@ -3,6 +3,7 @@
 With RA3_SMOLLM2=<folder of SmolLM2-135M> in the environment, also that real model.
 """
 import copy
+import io
 import itertools
 import json
 import os
@@ -14,19 +15,21 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-import regex    # which tiktoken brings
 import tiktoken
 import torch
+from safetensors import SafetensorError
 
 import bench
 import elbo
+import model
 import mstep
-from base.pretrain import write_tokenizer
-from model import GPT, GPT2, GPT2_TIKTOKEN, GPTConfig, encode_prompt, generate, load_pretrained, load_tokenizer, save_tokenizer
+from base.pretrain import GPT2_CUTS, write_tokenizer
+from model import GPT, GPTConfig, encode_prompt, generate, load_pretrained, load_tokenizer, save_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
+ROOT = Path(__file__).resolve().parents[1]
 
 # ------------------------------------------------------------------------------------------------- weights: tiny checkpoints
 
@@ -247,32 +250,79 @@ def assert_same_tokens(enc, tok, texts):
     """Equal ids, without and with special tokens in the text."""
     for text in texts:
         expected = tok.encode(text, add_special_tokens=False).ids
-        assert enc.encode(text, allowed_special="all") == expected, repr(text)
-        if not any(s in text for s in enc.special_tokens_set):
-            assert enc.encode_ordinary(text) == enc.encode(text) == expected, repr(text)
-        if {"<|im_start|>", "<|endoftext|>"} <= enc.special_tokens_set and not text.startswith("\u0338"):  # which normalising joins to the ">"
+        assert enc.encode(text) == expected, repr(text)
+        if not any(special in text for special in enc._special_tokens):
+            assert enc.encode_ordinary(text) == expected, repr(text)
+        if "<|im_start|>" in enc._special_tokens:
             special = f"<|im_start|>{text}<|endoftext|>{text}"
-            assert enc.encode(special, allowed_special="all") == tok.encode(special, add_special_tokens=False).ids, repr(special)
+            assert enc.encode(special) == tok.encode(special, add_special_tokens=False).ids, repr(special)
+            assert not set(enc.encode_ordinary(special)) & set(enc._special_tokens.values())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "smollm2", "llama3", "qwen"])
 def test_tokens_equal_those_of_tokenizers(kind, corpus, tmp_path):
     tok = train(kind, corpus)
     tok.save(str(tmp_path / "tokenizer.json"))
-    enc = load_tokenizer(tmp_path)
-    texts = strings(corpus)
-    lacking = {b for b in range(256) if enc._mergeable_ranks[bytes([b])] >= enc.n_vocab}
+    enc, texts = load_tokenizer(tmp_path), strings(corpus, 800)
+    lacking = {b for b in range(256) if bytes([b]) not in enc._mergeable_ranks}
     assert (len(lacking) > 20) == (kind == "smollm2")
     if kind == "smollm2":       # strings with unknown bytes come next
         texts = [t for t in texts if not lacking & set(t.encode())]
-    assert len(texts) > (500 if kind == "smollm2" else 3000)
+    assert len(texts) > (100 if kind == "smollm2" else 800)
     assert_same_tokens(enc, tok, texts)
     assert enc.n_vocab == tok.get_vocab_size()
     for text in texts:
         text = tok.normalizer.normalize_str(text) if tok.normalizer else text
-        assert enc.decode(enc.encode_ordinary(text)) == text
-        pieces = [text[a:b] for _, (a, b) in tok.pre_tokenizer.pre_tokenize_str(text)]    # equal tokens could come of unequal pieces
-        assert regex.findall(enc._pat_str, text) == pieces, repr(text)
+        ids = enc.encode_ordinary(text)
+        assert enc.decode(ids) == text
+        cut = len(ids) // 2     # which may be within a character
+        assert enc.decode_bytes(ids[:cut]) + enc.decode_bytes(ids[cut:]) == text.encode()
+
+
+def test_text_that_looks_like_a_special_token_is_text(corpus, tmp_path):
+    """Whether the file calls its added tokens special or not, as Qwen's does not <tool_call>; in a copy of the encoding too."""
+    tok = train("qwen", corpus, 400)
+    tok.add_tokens([tokenizers.AddedToken("<tool_call>", normalized=False)])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    enc = load_tokenizer(tmp_path)
+    for enc in (enc, pickle.loads(pickle.dumps(enc)), copy.deepcopy(enc)):
+        for text, token in (("<tool_call>", tok.token_to_id("<tool_call>")), ("<|endoftext|>", enc.eot_token)):
+            assert enc.encode(f"e\u0301 {text}x") == tok.encode(f"é {text}x").ids and token in enc.encode(text)
+            ids = enc.encode_ordinary(f"x = '{text}'")
+            assert enc.decode(ids) == f"x = '{text}'" and not set(ids) & set(enc._special_tokens.values())
+            assert enc.decode_bytes([token]) == text.encode()
+
+
+def test_bytes_of_tokens_are_exact_within_a_character():
+    enc = load_tokenizer(ROOT / "base")
+    for text in ("é", "中文", "😀", "a\u0301", "\ufffd"):
+        ids = enc.encode_ordinary(text)
+        assert [enc.decode_bytes(ids[:i]) + enc.decode_bytes(ids[i:]) for i in range(len(ids) + 1)] == [text.encode()] * (len(ids) + 1)
+        assert b"".join(map(enc.decode_single_token_bytes, ids)) == text.encode()
+    first = enc.encode_ordinary("😀")[:2]
+    assert enc.decode_bytes(first) == "😀".encode()[:2] and "\ufffd" in enc.decode(first)
+    assert enc.decode(enc.encode_ordinary("half \ud83d of a pair")) == "half ? of a pair"
+
+
+def test_long_runs_take_linear_time_and_forks_are_silent():
+    """Of spaces GPT-2's pattern, backtracking, could make a matter of hours; the library warns when what used its threads forks."""
+    code = """if True:
+        import os, time
+        from model import load_tokenizer
+        enc = load_tokenizer("base")
+        def seconds(text):
+            began = time.process_time()
+            assert enc.decode(enc.encode_ordinary(text)) == text
+            return time.process_time() - began
+        for run in (" ", "\\n", "x", " \\n"):
+            few, many = seconds(run * 10_000), seconds(run * 100_000)
+            assert many < 40 * few + 0.1, (run, few, many)
+        if os.fork() == 0:
+            enc.encode_ordinary("x = 1")
+            os._exit(0)
+        os.wait()"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_begin_of_text_token_stands_where_tokenizers_puts_it(corpus, tmp_path):
@@ -294,7 +344,7 @@ def test_the_begin_of_text_token_stands_where_tokenizers_puts_it(corpus, tmp_pat
             assert program.prompt + sum(program.lines, []) == expected + [0] if prompt or enc.bos else [0, *expected, 0]
 
 
-DATA = Path(os.environ.get("RA3_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("RA3_DATA", ROOT.parent / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +378,7 @@ def test_pieces_of_real_programs_join_to_the_tokens_of_the_whole(kind, programs,
 
 def test_padding_rows_of_the_vocabulary_are_neither_drawn_nor_scored(tmp_path):
     """Qwen's matrices have a few hundred rows more than its tokenizer has tokens."""
-    enc = tiktoken.Encoding("bytes", pat_str=GPT2, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={"<|endoftext|>": 256})
+    enc = tiktoken.Encoding("bytes", pat_str=GPT2_CUTS, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={"<|endoftext|>": 256})
     whole = GPT(GPTConfig(vocab_size=264, d_model=16, n_layer=1, n_head=2, n_kv_head=1, head_dim=8, d_ff=16, eos_id=256))
     whole.save_pretrained(tmp_path)
     write_tokenizer(enc, tmp_path)
@@ -346,26 +396,18 @@ def test_unknown_bytes_are_dropped(corpus, tmp_path):
     enc = load_tokenizer(tmp_path)
     for text in ["é", "a\x04b", "x = 'é'\n", "def f():\n    return '中'"]:
         ids = enc.encode(text)
-        assert ids == enc.encode_ordinary(text) == tok.encode(text).ids and max(ids, default=0) < enc.n_vocab
+        assert ids == enc.encode_ordinary(text) == tok.encode(text).ids and text.encode() != enc.decode_bytes(ids)
 
 
-def test_an_encoding_survives_pickling_and_copying(corpus, tmp_path):
-    train("qwen", corpus, 400).save(str(tmp_path / "tokenizer.json"))
-    enc = load_tokenizer(tmp_path)
-    for other in (pickle.loads(pickle.dumps(enc)), copy.deepcopy(enc)):
-        assert other.encode("e\u0301 x") == enc.encode("e\u0301 x") and other.n_vocab == enc.n_vocab
-
-
-@pytest.mark.parametrize("pattern", [GPT2, GPT2_TIKTOKEN])
-def test_our_own_encoding_saved(pattern, corpus, tmp_path):
+def test_our_own_encoding_saved(corpus, tmp_path):
     """An encoding trained with tiktoken, as the embedded world's: what is written reads equal in `tokenizers`, `transformers` and here."""
     from tiktoken._educational import bpe_train
-    ranks = bpe_train(corpus[0][:10_000], 499, pattern, visualise=None)
-    enc = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 499})
+    ranks = bpe_train(corpus[0][:10_000], 499, GPT2_CUTS, visualise=None)
+    enc = tiktoken.Encoding("ours", pat_str=GPT2_CUTS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 499})
     write_tokenizer(enc, tmp_path)
-    tok, back, texts = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), load_tokenizer(tmp_path), strings(corpus)
+    tok, back, texts = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), load_tokenizer(tmp_path), strings(corpus, 800)
     assert tok.get_vocab_size() == back.n_vocab == 500 and back.eot_token == 499
-    assert_same_tokens(enc, tok, texts)
+    assert all(enc.encode_ordinary(text) == back.encode_ordinary(text) for text in texts)
     assert_same_tokens(back, tok, texts)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [499, 7]}')
     save_tokenizer(back, tmp_path / "copy")
@@ -428,11 +470,10 @@ def test_a_name_that_is_nowhere(monkeypatch, tmp_path):
 
     class Reply:                                                    # what the hub's errors carry, of whichever HTTP library
         headers, request, status_code, text = {}, None, 404, ""
-    make = lambda cls, text: cls(text, response=Reply())
-    refused(OSError, hub(make(errors.GatedRepoError, "403\nlong story")), "'some/model'", "gated", "accept its terms")
-    refused(FileNotFoundError, hub(make(errors.RepositoryNotFoundError, "404\nlong story")), "'some/model'", "check the spelling")
-    refused(OSError, hub(errors.LocalEntryNotFoundError("Got: no route\nand more")), "'some/model'", "did not answer", "no route", "folder")
-    refused(OSError, hub(ConnectionError("no route\nto host")), "did not answer", "check the connection")
+    gated = errors.GatedRepoError("403\nlong story", response=Reply())
+    refused(OSError, hub(gated), "'some/model'", "Gated", "accept its terms", "hf auth login")
+    refused(OSError, hub(errors.LocalEntryNotFoundError("Got: no route\nand more")), "'some/model'", "no route", "folder")
+    refused(OSError, hub(ConnectionError("no route\nto host")), "no route", "the connection")
     refused(OSError, hub(OSError(28, "No space left on device")), "No space left")
 
 
@@ -441,18 +482,18 @@ def test_a_hub_out_of_reach():
     code = "from model import GPT\ntry: GPT.from_pretrained('some/model')\nexcept OSError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
-    assert "'some/model'" in done.stdout and "did not answer" in done.stdout and len(done.stdout.splitlines()) == 1, done
+    assert "'some/model'" in done.stdout and "check the spelling and the connection" in done.stdout and len(done.stdout.splitlines()) == 1, done
 
 
 def test_folders_that_are_not_models(checkpoints, tmp_path):
     folder, _ = checkpoints["qwen2.5"]
     load = lambda f: lambda: GPT.from_pretrained(f)
-    refused(FileNotFoundError, load(tmp_path), "config.json", "Hugging Face layout")
+    refused(ValueError, load(tmp_path), "config.json", "No such file", "Hugging Face layout")
     for text in ("{", "[1]"):
         (tmp_path / "config.json").write_text(text)
-        refused(ValueError, load(tmp_path), "not valid JSON")
+        refused(ValueError, load(tmp_path), "config.json", "download it again")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    refused(ValueError, load(tmp_path), "model.safetensors", "cannot be read")
+    refused(ValueError, load(tmp_path), "Missing", "embed_tokens.weight")
 
     changed = lambda name, **new: load(edit(folder, tmp_path / name, "config.json", lambda c: c.update(new)))
     refused(ValueError, changed("a", model_type="gpt_neox"), "model_type 'gpt_neox'", "qwen3")
@@ -461,17 +502,9 @@ def test_folders_that_are_not_models(checkpoints, tmp_path):
     refused(ValueError, changed("d", attention_bias=True), "attention_bias True")
     refused(ValueError, changed("e", use_sliding_window=True), "use_sliding_window True")
     refused(ValueError, changed("f", quantization_config={"bits": 4}), "quantization_config")
-    without = edit(folder, tmp_path / "g", "config.json", lambda c: c.update(eos_token_id=None))
-    (without / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert GPT.from_pretrained(without).config.eos_id == 7
-    (without / "generation_config.json").unlink()
-    refused(ValueError, load(without), "config.json", "eos_token_id is missing")
-    (without / "adapter_config.json").write_text("{}")
-    refused(ValueError, load(without), "config.json", "eos_token_id is missing")
-    (without / "config.json").unlink()
-    refused(ValueError, load(without), "adapter (LoRA)", "merge it")
-    refused(ValueError, changed("i", rope_parameters=None, rope_scaling="linear"), "config.json", "entry")
-    refused(ValueError, changed("j", head_dim=None, num_attention_heads=0), "config.json", "entry")
+    refused(ValueError, changed("g", eos_token_id=None), "config.json", "NoneType")
+    refused(ValueError, changed("i", rope_parameters=None, rope_scaling="linear"), "config.json", "str")
+    refused(ValueError, changed("j", head_dim=None, num_attention_heads=0), "config.json", "ZeroDivisionError")
     refused(ValueError, load(edit(folder, tmp_path / "h", "config.json", lambda c: c.pop("hidden_size"))), "hidden_size")
 
 
@@ -486,11 +519,12 @@ def test_tensors_missing_extra_and_misshapen(checkpoints, tmp_path):
         change(tensors)
         save_file(tensors, tmp_path / name / "model.safetensors")
         return lambda: GPT.from_pretrained(tmp_path / name)
-    key = "model.layers.1.self_attn.q_norm.weight"
-    refused(ValueError, model("missing", lambda t: t.pop(key)), key, "missing", "1 of")
-    refused(ValueError, model("extra", lambda t: t.update({"model.layers.9.surplus.weight": torch.zeros(2)})), "model.layers.9.surplus.weight", "[2]")
-    refused(ValueError, model("scalar", lambda t: t.update({"model.surplus": torch.zeros(())})), "model.surplus")
-    refused(ValueError, model("shape", lambda t: t.update({key: torch.zeros(3)})), key, "[3]", "[16]")
+    key, facts = "layers.1.self_attn.q_norm.weight", "cannot be used"
+    refused(ValueError, model("missing", lambda t: t.pop("model." + key)), facts, "Missing", key)
+    refused(ValueError, model("extra", lambda t: t.update({"model.layers.9.surplus.weight": torch.zeros(2)})), facts, "Unexpected", "layers.9.surplus.weight")
+    refused(ValueError, model("shape", lambda t: t.update({"model." + key: torch.zeros(3)})), facts, key, "[3]", "[16]")
+    old = model("old", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))      # before transformers 4.32
+    assert difference(old(), checkpoints["qwen3"][1]) < 1e-4
 
 
 def test_damaged_and_absent_shards(checkpoints, tmp_path):
@@ -500,28 +534,23 @@ def test_damaged_and_absent_shards(checkpoints, tmp_path):
     content = shard.read_bytes()
     for damage in (content[:len(content) // 2], b"", b"\xff" * 100, content[:30]):
         shard.write_bytes(damage)
-        refused(ValueError, lambda: GPT.from_pretrained(tmp_path), shard.name, "cannot be read", "download")
+        refused(ValueError, lambda: GPT.from_pretrained(tmp_path), shard.name, "cannot be used", "download it again")
     shard.unlink()
-    refused(ValueError, lambda: GPT.from_pretrained(tmp_path), shard.name, "cannot be read")
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    refused(ValueError, lambda: GPT.from_pretrained(tmp_path), "tensors are missing")
+    refused(ValueError, lambda: GPT.from_pretrained(tmp_path), str(tmp_path), "Missing", "download it again")
 
 
 def test_nothing_half_written(checkpoints, tmp_path, monkeypatch):
-    import safetensors.torch
     model = GPT.from_pretrained(checkpoints["qwen3"][0])
     model.save_pretrained(tmp_path)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
 
     def full_disk(tensors, file, metadata=None):
         Path(file).write_bytes(b"half a file")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
-    with pytest.raises(OSError):
+        raise SafetensorError("I/O error: No space left on device")
+    monkeypatch.setattr("model.save_file", full_disk)
+    with pytest.raises(OSError, match="cannot be written: I/O error: No space left"):
         model.save_pretrained(tmp_path)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
-    both = GPT(GPTConfig(qkv_bias=True, qk_norm=True))
-    refused(ValueError, lambda: both.save_pretrained(tmp_path / "both"), "qkv_bias", "qk_norm")
 
 
 def test_tokenizers_of_other_kinds(corpus, tmp_path):
@@ -531,21 +560,49 @@ def test_tokenizers_of_other_kinds(corpus, tmp_path):
     assert load_tokenizer(good)
     count = iter(range(100))
     changed = lambda change: lambda: load_tokenizer(edit(good, tmp_path / str(next(count)), "tokenizer.json", change))
-    kinds = "only byte-level BPE"
-    refused(FileNotFoundError, lambda: load_tokenizer(tmp_path), "tokenizer.json")
-    refused(ValueError, changed(lambda t: t["model"].update(type="Unigram")), "Unigram", kinds)
-    refused(ValueError, changed(lambda t: t["model"].update(byte_fallback=True)), "BPE", kinds)
-    refused(ValueError, changed(lambda t: t.update(normalizer={"type": "Lowercase"})), "Lowercase", kinds)
-    refused(ValueError, changed(lambda t: t.update(pre_tokenizer={"type": "Metaspace"})), "Metaspace", kinds)
-    refused(ValueError, changed(lambda t: t.update(pre_tokenizer=None)), kinds)
-    refused(ValueError, changed(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(individual_digits=False)), "Digits", kinds)
-    refused(ValueError, changed(lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)), "add_prefix_space", kinds)
-    refused(ValueError, changed(lambda t: t["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})), kinds)
-    refused(ValueError, changed(lambda t: t["added_tokens"][0].update(lstrip=True)), "added token", kinds)
-    refused(ValueError, changed(lambda t: t["model"]["merges"].reverse()), "order", kinds)
-    refused(ValueError, changed(lambda t: t["model"]["merges"].pop()), "no merge makes", kinds)
-    refused(ValueError, changed(lambda t: t["model"]["vocab"].update({"▁the": 7000})), kinds)
-    refused(ValueError, changed(lambda t: t.pop("model")), "model", kinds)
+    kinds = "cannot be used"
+    refused(ValueError, lambda: load_tokenizer(tmp_path), "tokenizer.json")
+    for change in (lambda t: t["model"].update(type="Unigram"),
+                   lambda t: t.update(normalizer={"type": "Lowercase"}),
+                   lambda t: t.update(pre_tokenizer={"type": "Metaspace"}),
+                   lambda t: t.update(pre_tokenizer=None),
+                   lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+                   lambda t: t["model"]["vocab"].update({"▁the": 7000}),
+                   lambda t: t["added_tokens"][0].pop("id"),
+                   lambda t: t.pop("added_tokens"),
+                   lambda t: t.pop("model")):
+        refused(ValueError, changed(change), "tokenizer.json", kinds)
+    for file, padding in (("a", None), ("b", {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+                                              "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"})):
+        truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}     # some files say how a demo cuts
+        cut = load_tokenizer(edit(good, tmp_path / file, "tokenizer.json", lambda t: t.update(truncation=truncation, padding=padding)))
+        assert cut.decode(cut.encode_ordinary("def f(x):\n    return x\n")) == "def f(x):\n    return x\n"
+
+
+# -------------------------------------------------------------------------------------------------------- the command line
+
+
+def test_a_prompt_is_continued_from_where_training_cuts_programs(checkpoints, capsys, monkeypatch):
+    """What is printed is the prompt as cut, then what `generate` draws, to the byte; and the cache's logits are those of one pass."""
+    def run(prompt, *flags):
+        model.main(["--max-new-tokens", "40", *(["--prompt", prompt] if prompt else []), *flags])
+        printed = capsys.readouterr()
+        gap = float(printed.err.rsplit(" ", 1)[1].rstrip(".\n"))
+        assert gap < 1e-4, printed.err
+        return printed.out
+    task = 'def f(xs):\n    """add 3 * 4 - 5; total"""\n'
+    base, enc = load_pretrained(ROOT / "base")
+    for prompt, cut in ((task, task + "   "), (task + "    ", task + "   "), ("x = 1\n\n", "x = 1\n"), ("def f(x):\n", "def f(x):"),
+                        ("x = ", "x ="), ("def f(", "def f(")):
+        sample, = generate(base, [encode_prompt(enc, cut)], max_new_tokens=40, seeds=[7], temperature=0.9)
+        said = sample.tokens[:-1] if sample.stopped else sample.tokens
+        assert run(prompt, "--seed", "7", "--temperature", "0.9") == cut + enc.decode(said)
+    monkeypatch.setattr("sys.stdin", io.StringIO(task))
+    assert run(None).startswith(task + "    xs = ")
+    for flags, reason in ((["--model", "/no/such"], "no folder '/no/such'"), (["--prompt", " \n"], "prompt 0 has 0 tokens")):
+        with pytest.raises(SystemExit):
+            model.main(flags)
+        assert reason in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------- the real SmolLM2

@@ -10,12 +10,12 @@ import tiktoken
 import bench
 from base import pretrain, world
 from elbo import parse
-from model import GPT2_TIKTOKEN, load_tokenizer
+from model import load_tokenizer
 from sandbox import Sandbox
 
 ROOT = Path(__file__).resolve().parents[1]
 EOS = 256
-ENC = tiktoken.Encoding("bytes", pat_str=GPT2_TIKTOKEN, mergeable_ranks={bytes([i]): i for i in range(256)},
+ENC = tiktoken.Encoding("bytes", pat_str=pretrain.GPT2_CUTS, mergeable_ranks={bytes([i]): i for i in range(256)},
                         special_tokens={"<|endoftext|>": EOS})
 
 
@@ -71,7 +71,7 @@ def test_the_base_models_tokenizer_can_be_made_again(tmp_path):
         assert (tmp_path / name).read_bytes() == (ROOT / "base" / name).read_bytes()
     back, text = load_tokenizer(tmp_path), "def f(xs):\n    # 3 * 4 = 12\n    return xs[::-1]  # é\n"
     assert back.encode_ordinary(text) == enc.encode_ordinary(text) and back.eot_token == enc.eot_token
-    orphan = tiktoken.Encoding("orphan", pat_str=GPT2_TIKTOKEN, special_tokens={},
+    orphan = tiktoken.Encoding("orphan", pat_str=pretrain.GPT2_CUTS, special_tokens={},
                                mergeable_ranks={bytes([i]): i for i in range(256)} | {b"abc": 256})
     with pytest.raises(ValueError, match="no merge makes the token b'abc'"):
         pretrain.write_tokenizer(orphan, tmp_path)
