@@ -28,8 +28,8 @@ from torch import Tensor
 
 import elbo
 from bench import hub_rows, local_rows
-from elbo import ACTION, Batch, Trace, chunks, strip_comments
-from model import GPT
+from elbo import ACTION, PROMPT, Batch, Trace, chunks, strip_comments
+from model import GPT, load_pretrained
 
 
 @dataclass
@@ -283,3 +283,25 @@ def pieces(text: str, limit: int, size: Callable[[str], int], comments: bool) ->
         out[-1] += part
     out = [part.strip("\n") + "\n" for part in out]
     return [part for part in out if tree.body and size(part) <= limit]
+
+
+def demo():
+    """Print what a program costs as it is (NTP) and infused, and what an update on both changes."""
+    model, enc = load_pretrained(Path(__file__).parent / "base")
+    head, body = 'def f(xs):\n    """add 3 * 4; list"""\n', "    xs = [x + 12 for x in xs]\n    return xs\n"
+    texts = {"NTP": head + body, "infused": head + "    # 3 * 4 = 12\n" + body}
+    traces = [elbo.parse_commented(enc, text, enc.eot_token, max_rationale=40) for text in texts.values()]
+    for name, trace in zip(texts, traces):
+        trace.kind = [kind if line > 1 else PROMPT for kind, line in zip(trace.kind, trace.line)]      # given
+        nats, nll = loss(model, elbo.collate([trace])), action_nll(model, [trace], elbo.opener_mask(enc))
+        print(f"{name}: {nats:.3f} nats for rationales and actions, {nll:.3f} per action token")
+    batch = elbo.collate(traces)
+    before = loss(model, batch).item() / batch.scored.sum().item()
+    stats = m_update(model, torch.optim.AdamW(model.parameters(), 3e-4), traces)
+    after = loss(model, batch).item() / batch.scored.sum().item()
+    print(f"both: {before:.3f} nats per trained token, after an update {after:.3f}")
+    print("check, packed into one row they cost the same:", math.isclose(before, stats["loss"], rel_tol=1e-4))
+
+
+if __name__ == "__main__":
+    demo()
