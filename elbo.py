@@ -372,9 +372,10 @@ def opener_mask(enc: tiktoken.Encoding) -> Tensor:
 def demo():
     """Print an infused program token by token; then the bound beside the log-likelihood."""
     model, enc = load_pretrained(Path(__file__).parent / "base")
-    head, said = 'def f(xs):\n    """add 3 * 4; list"""\n', ("", "    # add\n", "    # 3 * 4 = 12\n")
+    head = 'def f(xs):\n    """add 3 * 4 - 5; list"""\n'
+    said = "", "    # add\n", "    # 3 * 4 = 12 - 5 = 7\n"
     z = torch.cartesian_prod(torch.arange(3), torch.arange(3))          # (9, 2): what stands before two lines
-    texts = [f"{head}{said[a]}    xs = [x + 12 for x in xs]\n{said[b]}    return xs\n" for a, b in z]
+    texts = [f"{head}{said[a]}    xs = [x + 7 for x in xs]\n{said[b]}    return xs\n" for a, b in z]
     batch = collate([parse_commented(enc, text, enc.eot_token, max_rationale=40) for text in texts])
     batch.kind[batch.line < 2] = PROMPT                                  # `def` and the docstring are given
     gate, token = score(logits_of(model, batch).detach(), batch, opener_mask(enc))

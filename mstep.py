@@ -288,8 +288,9 @@ def pieces(text: str, limit: int, size: Callable[[str], int], comments: bool) ->
 def demo():
     """Print what a program costs as it is (NTP) and infused, and what an update on both changes."""
     model, enc = load_pretrained(Path(__file__).parent / "base")
-    head, body = 'def f(xs):\n    """add 3 * 4; list"""\n', "    xs = [x + 12 for x in xs]\n    return xs\n"
-    texts = {"NTP": head + body, "infused": head + "    # 3 * 4 = 12\n" + body}
+    head = 'def f(xs):\n    """add 3 * 4 - 5; list"""\n'
+    body = "    xs = [x + 7 for x in xs]\n    return xs\n"
+    texts = {"NTP": head + body, "infused": head + "    # 3 * 4 = 12 - 5 = 7\n" + body}
     traces = [elbo.parse_commented(enc, text, enc.eot_token, max_rationale=40) for text in texts.values()]
     for name, trace in zip(texts, traces):
         trace.kind = [kind if line > 1 else PROMPT for kind, line in zip(trace.kind, trace.line)]      # given
