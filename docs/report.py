@@ -203,7 +203,7 @@ def figure(file: Path, groups: dict, title: str, name: str, phases: list) -> str
                 steps = sorted(set.intersection(*map(set, curves)))                  # that all have logged
                 values = np.array([[curve[step] for step in steps] for curve in curves])         # (runs, n)
                 error = values.std(0, ddof=len(curves) > 1) / len(curves) ** 0.5
-                colour = COLOURS[phase.removeprefix("rlvr-")] if len(groups) == 1 else f"C{3 + i}"  # red is first
+                colour = COLOURS[phase.removeprefix("rlvr-")] if len(groups) == 1 else f"C{i + 3}"  # C3: red
                 arm = ARMS.get("eval/" + phase, "RA3")
                 ax.errorbar(steps, values.mean(0), error, color=colour, label=f"{arm} {label}")
     if not ax.lines:
