@@ -113,10 +113,8 @@ def rows_of(enc, trace: Trace, log_p: list[float], numbers: list[list[float]]) -
 
 def shown(number: float, column: str) -> str:
     """Nothing of nan, where q had no choice."""
-    if number != number:
-        return ""
-    number = round(number, 2) + 0.0                                # no -0.00
-    return f"{number:.0%}" if column == "think" else f"{number:.2f}"
+    text = format(round(number, 2) + 0.0, ".0%" if column == "think" else ".2f")           # no -0.00
+    return text.replace("nan%", "")
 
 
 def as_text(versions: list[list[Row]], columns: list[str], colours: bool) -> str:
@@ -174,7 +172,7 @@ def main(argv: list[str] | None = None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("run", nargs="?", type=Path, help="folder of a run whose E-step is done")
     ap.add_argument("--problem", type=int, default=0, help="which of the held-out problems")
-    ap.add_argument("--out", type=Path, help="the page; default: explain.html, in the run's folder")
+    ap.add_argument("--out", type=Path, help="the page; default: explain.html in the run's folder or runs/")
     args = ap.parse_args(argv)
     folders, cfg, settings = read_run(args.run)
     device, models = "cuda" if torch.cuda.is_available() else "cpu", {}
@@ -187,7 +185,8 @@ def main(argv: list[str] | None = None):
     numbers = torch.stack(list(columns.values()), -1).tolist()                              # (K, L, columns)
     versions = [rows_of(enc, *version) for version in zip(traces, log_p.tolist(), numbers)]
     title = f"{problem.id}, as {args.run or 'the base'} infuses it"
-    out = args.out or (args.run or Path()) / "explain.html"
+    out = args.out or (args.run or Path("runs")) / "explain.html"
+    out.parent.mkdir(exist_ok=True)
     out.write_text(as_html(title, versions, list(columns)), encoding="utf-8")
     print(title, as_text(versions, list(columns), sys.stdout.isatty()), "", sep="\n")
     print(f"The update moved advantage times log q by {total_gain(columns):+.4f} nats a version. Page: {out}")
