@@ -290,17 +290,20 @@ def demo():
     model, enc = load_pretrained(Path(__file__).parent / "base")
     head = 'def f(xs):\n    """add 3 * 4 - 5; list"""\n'
     body = "    xs = [x + 7 for x in xs]\n    return xs\n"
-    texts = {"NTP": head + body, "infused": head + "    # 3 * 4 = 12 - 5 = 7\n" + body}
-    traces = [elbo.parse_commented(enc, text, enc.eot_token, max_rationale=40) for text in texts.values()]
-    for name, trace in zip(texts, traces):
+    traces, alone = [], 0.0
+    for name, comment in {"NTP": "", "infused": "    # 3 * 4 = 12 - 5 = 7\n"}.items():
+        trace = elbo.parse_commented(enc, head + comment + body, enc.eot_token, max_rationale=40)
         trace.kind = [kind if line > 1 else PROMPT for kind, line in zip(trace.kind, trace.line)]      # given
-        nats, nll = loss(model, elbo.collate([trace])), action_nll(model, [trace], elbo.opener_mask(enc))
+        nats = loss(model, elbo.collate([trace])).item()
+        nll = action_nll(model, [trace], elbo.opener_mask(enc))
         print(f"{name}: {nats:.3f} nats for rationales and actions, {nll:.3f} per action token")
-    alone, packed = loss(model, elbo.collate(traces)).item(), packed_batch(traces, pack(traces, length=99))
-    together = loss(model, packed).item()
+        traces.append(trace)
+        alone += nats
+    row = packed_batch(traces, pack(traces, length=99))
+    packed = loss(model, row).item()
     m_update(model, torch.optim.AdamW(model.parameters(), 3e-4), traces)
-    print(f"both: {together:.3f} nats, after an update {loss(model, packed):.3f}")
-    print("check, packed into one row they cost the same:", math.isclose(together, alone, rel_tol=1e-4))
+    print(f"both: {packed:.3f} nats, after an update {loss(model, row):.3f}")
+    print("check, packed into one row they cost the same:", math.isclose(packed, alone, rel_tol=1e-4))
 
 
 if __name__ == "__main__":

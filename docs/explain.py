@@ -149,7 +149,7 @@ def read_run(run: Path | None) -> tuple[dict, estep.EStepConfig, dict]:
     if run is None:
         return dict(pi=base, q=base), cfg, dict(benchmark="world", context=2 ** 20)
     settings = json.loads((run / "config.json").read_text())["settings"]
-    known = {name: settings[name] for name in cfg.__dataclass_fields__}
+    known = {name: settings.get(name, default) for name, default in vars(cfg).items()}
     known |= {name: float("inf") for name, value in known.items() if value == "inf"}
     start = base if settings["model"] == "base" else settings["model"]
     folders = dict(pi=run / "warm" if settings["warm_steps"] else start, q=run / "estep")
