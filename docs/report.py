@@ -51,7 +51,7 @@ COST |= {"peak_gb": "GB of the GPU so far, at most"}
 FORMATS = {"reward": ".2f", "uplift": ".2f", "nll": ".4f",
            "seconds": ".0f", "tokens": ",.0f", "peak_gb": ".2f"}
 # {heading: (note, {file: (title, number, phases with RA3's last)})}; a note's braces: settings, numbers.
-MID = ["ntp", "ntp-long", "ra3"]
+MID, RLVR = ["ntp", "ntp-long", "ra3"], ["rlvr-base", "rlvr-ntp", "rlvr-ra3"]
 FIGURES = {
     "Figure 1: the E-step": ("Each point: {e_programs} training programs, {e_rollouts} versions of each.", {
         "estep_reward": ("reward, nats per line", "reward", ["estep"]),
@@ -65,8 +65,9 @@ FIGURES = {
             "mstep_nll": ("nats per held-out action token", "nll", MID),
             "mid_accuracy": ("greedy pass@1 in mid-training", "greedy", MID),
         }),
-    "Figure 5: RLVR": ("Accuracy on the first {curve} held-out problems.", {
-        "rlvr": ("greedy pass@1 in RLVR", "greedy", ["rlvr-base", "rlvr-ntp", "rlvr-ra3"]),
+    "Figure 5: RLVR": ("Accuracy on {rl_curve} held-out problems.", {
+        "rlvr": ("greedy pass@1 in RLVR", "greedy", RLVR),
+        "rlvr_sampled": ("pass@1 (T=1) in RLVR", "pass@1", RLVR),
     }),
 }
 # Which lines of the world are part of a step with a constant to be worked out, and which are another step.
@@ -244,6 +245,7 @@ def write_report(runs: list[Run], out: Path) -> dict:
     stages = {key: key.removeprefix("cost/") for key in first.records if key.startswith("cost/")}
     problems = first.records["eval/base"].get("problems", first.config["settings"]["eval_problems"])
     counts = dict(curve=min(CURVE_PROBLEMS, problems), programs=len(first.infused()) or "the")
+    counts["rl_curve"] = max(first.curves["rlvr-base", "problems"].values(), default=counts["curve"])
     scores = summary("model", ARMS, SCORES, groups, numbers)
     sections = {"Scores": [f"Held-out problems: {problems}. Means ± standard errors over runs.", *scores]}
     sections["Differences in points"] = summary("models", DIFFERENCES, SCORES, groups, numbers)

@@ -226,10 +226,14 @@ def test_a_figure_says_how_many_problems_its_points_are_of(whole, capsys):
     _, text, _ = run_report(capsys, whole)
     assert "Cross-entropy on 2 held-out programs, accuracy on the first 64 held-out problems." in text
     assert "Each point: 16 training programs, 8 versions of each." in text
+    assert "Accuracy on 64 held-out problems." in text and "rlvr_sampled" not in text
     log = (whole / "metrics.jsonl").read_text()
     (whole / "metrics.jsonl").write_text(log.replace('"problems": 72', '"problems": 9'))
     (whole / "infused.jsonl").unlink()
+    with open(whole / "metrics.jsonl", "a") as f:
+        f.write('{"phase": "rlvr-base", "step": 1, "pass@1": 0.5, "problems": 8}\n')
     _, text, _ = run_report(capsys, whole)
+    assert "Accuracy on 8 held-out problems." in text and "(rlvr_sampled.png)" in text
     assert "Cross-entropy on the held-out programs, accuracy on the first 9 held-out problems." in text
 
 
