@@ -29,13 +29,14 @@ import re
 import tokenize
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import encode_prompt
+from model import encode_prompt, load_pretrained
 
 # ------------------------------------------------------------------------------ what each token of a text is
 
@@ -366,3 +367,30 @@ def opener_mask(enc: tiktoken.Encoding) -> Tensor:
         if i < enc.n_vocab:
             mask[i] = text.removeprefix(b" ").startswith(b"#")
     return mask
+
+
+def demo():
+    """Print an infused program token by token; then the bound beside the log-likelihood."""
+    model, enc = load_pretrained(Path(__file__).parent / "base")
+    head = 'def f(xs):\n    """add 3 * 4 - 5; list"""\n'
+    body = "    xs = [x + 7 for x in xs]\n    return xs\n"
+    latents = ("", "    # add\n", "    # 3 * 4 = 12 - 5 = 7\n")             # <act>, or one of two rationales
+    traces = [parse_commented(enc, head + z + body, enc.eot_token, max_rationale=40) for z in latents]
+    batch, shown = collate(traces), traces[2]
+    batch.kind[batch.line < 2] = PROMPT                                  # `def` and the docstring are given
+    gate, token = score(logits_of(model, batch).detach(), batch, opener_mask(enc))
+    q, pi = log_q(gate, token, batch), log_pi(token, batch)                                    # (3, T - 1)
+    print("token               kind line gate    log q   log pi   (kind 1: latent, 2: action)")
+    for i in range(shown.kind.index(LATENT), len(shown.tokens)):
+        what = f"{shown.kind[i]:5}{shown.line[i]:5}{shown.gate[i]:5}{q[2, i - 1]:9.3f}{pi[2, i - 1]:9.3f}"
+        print(f"{enc.decode(shown.tokens[i:i + 1])!r:19}{what}")
+    joint = pi.sum(1) + prior(0.5, 3)[0].log()                                                 # (3,)
+    own, best = q.sum(1).softmax(0), joint.softmax(0)                    # q of the base, and the posterior
+    J = [bound(joint[:, None], p.log()[:, None], 0, p) for p in (own, best)]
+    truth = joint.logsumexp(0)
+    print(f"bound: {J[0]:.3f} by the base's q, {J[1]:.3f} by the posterior; log-likelihood: {truth:.3f}")
+    print("check, below it, and equal by the posterior:", bool(J[0] < truth and (J[1] - truth).abs() < 1e-4))
+
+
+if __name__ == "__main__":
+    demo()

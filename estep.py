@@ -27,6 +27,7 @@ Where this departs from the paper, or where the paper is silent:
 """
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 import elbo
 from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, Trace, chunks
-from model import GPT, Decoder, KVCache, autocast, new_cache, pad, pick
+from model import GPT, Decoder, KVCache, autocast, load_pretrained, new_cache, pad, pick
 from mstep import optimize, total
 
 
@@ -380,3 +381,35 @@ def without_broken(trace: Trace) -> Trace:
         if line not in trace.broken or kind == ACTION:
             out.add([token], kind, line, gate)
     return out
+
+
+def demo():
+    """Print versions of a program with rewards, returns and advantages; a gradient, estimated and exact."""
+    q, enc = load_pretrained(Path(__file__).parent / "base")
+    prompt = 'def f(xs):\n    """add 3 * 4 - 5; subtract 2 + 6; list"""\n   '
+    solution = " xs = [x + 7 for x in xs]\n    xs = [x - 8 for x in xs]\n    return xs\n"
+    program, openers = elbo.parse(enc, prompt, solution, enc.eot_token), elbo.opener_mask(enc)
+    shown = rollout(q, enc, [program] * 8, range(8), openers, EStepConfig())
+    drawn = rollout(q, enc, [program] * 256, range(256), openers, EStepConfig(max_rationale=1))
+    listed = list({str(trace): trace for trace in drawn}.values())  # one token: all outcomes have occurred
+    traces = shown + drawn + listed
+    batch = elbo.collate(traces)
+    gate, token, pi_token, _ = likelihoods(q, q, batch, openers)
+    loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, 3)
+    r = elbo.line_rewards(loglik, *decisions(traces, 3), *elbo.opening_gate(gate.detach(), batch, 3),
+                          c=0.05, beta=0.1, p_think=0.5, broken_cost=0.5)                          # (B, 3)
+    G = returns(r, horizon=3, gamma=1.0)
+    for trace, *rows in zip(shown, r, G, advantages(G[None, :8])[0]):
+        numbers = [[round(x, 2) for x in row.tolist()] for row in rows]
+        print(enc.decode(trace.tokens[len(program.prompt):-1]), "  rewards, returns, advantages:", *numbers)
+    log_q, A = elbo.log_q(gate, token, batch), torch.zeros_like(G)
+    A[8:264] = advantages(G[None, 8:264])[0] / 256
+    J = (log_q[264:].sum(1).exp() * r[264:].sum(1)).sum()            # the expected reward: sum of q(z) r(z)
+    losses = (reinforce_loss(log_q, A, batch), -J)
+    g, exact = (torch.autograd.grad(x, q.embed_tokens.weight, retain_graph=True)[0] for x in losses)
+    print(f"gradient: norm {g.norm():.3f} by 256 versions, {exact.norm():.3f} by all {len(listed)} outcomes")
+    print("check, they differ by less than 30%:", bool((g - exact).norm() < 0.3 * exact.norm()))
+
+
+if __name__ == "__main__":
+    demo()

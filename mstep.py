@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import elbo
 from bench import hub_rows, local_rows
-from elbo import ACTION, Batch, Trace, chunks, strip_comments
-from model import GPT
+from elbo import ACTION, PROMPT, Batch, Trace, chunks, strip_comments
+from model import GPT, load_pretrained
 
 
 @dataclass
@@ -288,3 +288,28 @@ def pieces(text: str, limit: int, size: Callable[[str], int], comments: bool) ->
         out[-1] += part
     out = [part.strip("\n") + "\n" for part in out]
     return [part for part in out if tree.body and size(part) <= limit]
+
+
+def demo():
+    """Print what a program costs as it is (NTP) and infused, and what an update on both changes."""
+    model, enc = load_pretrained(Path(__file__).parent / "base")
+    head = 'def f(xs):\n    """add 3 * 4 - 5; list"""\n'
+    body = "    xs = [x + 7 for x in xs]\n    return xs\n"
+    traces, alone = [], 0.0
+    for name, comment in {"NTP": "", "infused": "    # 3 * 4 = 12 - 5 = 7\n"}.items():
+        trace = elbo.parse_commented(enc, head + comment + body, enc.eot_token, max_rationale=40)
+        trace.kind = [kind if line > 1 else PROMPT for kind, line in zip(trace.kind, trace.line)]      # given
+        nats = loss(model, elbo.collate([trace])).item()
+        nll = action_nll(model, [trace], elbo.opener_mask(enc))
+        print(f"{name}: {nats:.3f} nats for rationales and actions, {nll:.3f} per action token")
+        traces.append(trace)
+        alone += nats
+    row = packed_batch(traces, pack(traces, length=99))
+    packed = loss(model, row).item()
+    m_update(model, torch.optim.AdamW(model.parameters(), 3e-4), traces)
+    print(f"both: {packed:.3f} nats, after an update {loss(model, row):.3f}")
+    print("check, packed into one row they cost the same:", math.isclose(packed, alone, rel_tol=1e-4))
+
+
+if __name__ == "__main__":
+    demo()

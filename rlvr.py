@@ -19,8 +19,10 @@ Details, and where they come from:
  5. No KL to a reference model (DAPO; Liu et al.).
  6. Samples are drawn at temperature 1 without filters, and just that distribution is scored.
 """
+import math
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -28,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import elbo
-from bench import Problem, attempt
+from bench import Problem, attempt, world
 from elbo import ACTION, PROMPT, Batch, Trace, chunks
-from model import GPT, Sample, encode_prompt
+from model import GPT, Sample, encode_prompt, load_pretrained
 from mstep import optimize, total
 from sandbox import Sandbox
 
@@ -122,3 +124,26 @@ def grpo_loss(logp: Tensor, old: Tensor, advantage: Tensor, low: float = LOW, hi
     ratio = (logp - old).exp()
     clipped = ratio.clamp(1 - low, 1 + high)
     return -torch.minimum(ratio * advantage, clipped * advantage).sum()
+
+
+def demo():
+    """Print a group of sampled programs with rewards and advantages, and their clipped loss."""
+    model, enc = load_pretrained(Path(__file__).parent / "base")
+    [problem] = world("train", 1, seed=0)
+    with Sandbox(workers=1) as box:
+        samples, passed = attempt(model, enc, [problem] * 8, range(8), box, max_new_tokens=128)
+    A = group_advantages(torch.tensor([passed]).float())[0]                                        # (8,)
+    print(problem.prompt)
+    for sample, reward, advantage in zip(samples, passed, A):
+        print(f"{enc.decode(sample.tokens[:-1])}    reward {reward:d}, advantage {advantage:+.3f}")
+    traces = [as_trace(encode_prompt(enc, problem.prompt), sample) for sample in samples]
+    logp = token_logprobs(model, elbo.collate(traces)).detach()                                    # (N,)
+    old = torch.tensor([logp for sample in samples for logp in sample.logprobs])                   # (N,)
+    A = A.repeat_interleave(torch.tensor([len(sample.tokens) for sample in samples]))              # (N,)
+    losses = [grpo_loss(old + math.log(ratio), old, A) / len(A) for ratio in (0.5, 1.0, 1.5)]
+    print("clipped loss if all ratios were 0.5, 1.0 and 1.5:", *(f"{loss:+.3f}" for loss in losses))
+    print("check, it scores just what it sampled:", torch.allclose(logp, old, atol=1e-3))
+
+
+if __name__ == "__main__":
+    demo()

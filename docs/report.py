@@ -8,12 +8,14 @@ Runs whose settings differ in their seed alone make a group. The first run's gro
 are called by the flags in which they differ from it. What a run has not logged, being unfinished or without
 such a phase, is left out. Figures show the arms of one group or, of several groups, the RA3 of each.
 
-Ends with the scores, the place of report.md, and one line of JSON (shares there lie between 0 and 1).
+Ends with the scores, the place of report.md, and one line of JSON. Shares are in percent everywhere.
 """
 import argparse
 import json
 import re
+import shlex
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +28,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from elbo import ACTION, LATENT, PROMPT, Trace
 from model import load_tokenizer
+from train import CURVE_PROBLEMS
 
 # The rows of tables: {key of a record: title}.
 ARMS = {
@@ -47,22 +50,31 @@ COST = {"seconds": "seconds", "tokens": "tokens through the model (in training: 
 COST |= {"peak_gb": "GB of the GPU so far, at most"}
 FORMATS = {"reward": ".2f", "uplift": ".2f", "nll": ".4f",
            "seconds": ".0f", "tokens": ",.0f", "peak_gb": ".2f"}
-# {heading: {file: (title, number, phases with RA3's last)}}.
+# {heading: (note, {file: (title, number, phases with RA3's last)})}; a note's braces: settings, numbers.
+MID, RLVR = ["ntp", "ntp-long", "ra3"], ["rlvr-base", "rlvr-ntp", "rlvr-ra3"]
 FIGURES = {
-    "Figure 1: the E-step": {
+    "Figure 1: the E-step": ("Each point: {e_programs} training programs, {e_rollouts} versions of each.", {
         "estep_reward": ("reward, nats per line", "reward", ["estep"]),
         "estep_think": ("lines with a rationale", "think", ["estep"]),
         "estep_uplift": ("return with a rationale less without, nats", "uplift", ["estep"]),
-    },
-    "Figures 3 and 4: the M-step": {
-        "mstep_nll": ("nats per held-out action token", "nll", ["ntp", "ra3"]),
-        "mid_accuracy": ("greedy pass@1 in mid-training", "greedy", ["ntp", "ra3"]),
-    },
-    "Figure 5: RLVR": {"rlvr": ("greedy pass@1 in RLVR", "greedy", ["rlvr-base", "rlvr-ntp", "rlvr-ra3"])},
+    }),
+    "Figures 3 and 4: the M-step": (
+        "Cross-entropy on {programs} held-out programs, accuracy on the first {curve} held-out problems. One "
+        "network plays q and pi, so RA3's M-step goes on from q: its curves begin where the E-step has "
+        "ended, with q's rationales before the lines; NTP's begin at the base, without.", {
+            "mstep_nll": ("nats per held-out action token", "nll", MID),
+            "mid_accuracy": ("greedy pass@1 in mid-training", "greedy", MID),
+        }),
+    "Figure 5: RLVR": ("Accuracy on {rl_curve} held-out problems.", {
+        "rlvr": ("greedy pass@1 in RLVR", "greedy", RLVR),
+        "rlvr_sampled": ("pass@1 (T=1) in RLVR", "pass@1", RLVR),
+    }),
 }
 # Which lines of the world are part of a step with a constant to be worked out, and which are another step.
 STEPS = {"think_needed": r".* N|out = \[\]", "think_other": r"xs = (?!out$|.* N)"}
-COLOURS = {"base": "tab:gray", "ntp": "tab:blue", "ra3": "tab:red", "estep": "tab:red"}
+COLOURS = {"base": "tab:gray", "ntp": "tab:blue", "ntp-long": "tab:cyan", "ra3": "tab:red",
+           "estep": "tab:red"}
+ORIGIN = ["seed", "commit", "python", "torch", "cpus", "gpu"]
 # Settings that change no arm's result, or only by the draws.
 NOT_COMPARED = {"name", "seed", "resume", "arms", "micro_batch", "sample_batch", "save_every", "data_dir"}
 
@@ -176,7 +188,8 @@ def summary(first: str, rows: dict, columns: dict, groups: dict, numbers: dict):
             if any(found.values()):
                 cells = [shown(values, FORMATS.get(name, ".1%")) for name, values in found.items()]
                 body.append([f"{title} {label}".strip(), *cells, max(map(len, found.values()))])
-                means = {name: round(mean(values), 6) for name, values in found.items() if values}
+                means = {name: mean(values) for name, values in found.items() if values}
+                means = {name: round(x if name in FORMATS else 100 * x, 4) for name, x in means.items()}
                 numbers[f"{key} {label}".strip().removeprefix("eval/")] = means
     return table([first, *columns.values(), "runs"], body)
 
@@ -191,7 +204,7 @@ def figure(file: Path, groups: dict, title: str, name: str, phases: list) -> str
                 steps = sorted(set.intersection(*map(set, curves)))                  # that all have logged
                 values = np.array([[curve[step] for step in steps] for curve in curves])         # (runs, n)
                 error = values.std(0, ddof=len(curves) > 1) / len(curves) ** 0.5
-                colour = COLOURS[phase.removeprefix("rlvr-")] if len(groups) == 1 else f"C{i}"
+                colour = COLOURS[phase.removeprefix("rlvr-")] if len(groups) == 1 else f"C{i + 3}"  # C3: red
                 arm = ARMS.get("eval/" + phase, "RA3")
                 ax.errorbar(steps, values.mean(0), error, color=colour, label=f"{arm} {label}")
     if not ax.lines:
@@ -213,23 +226,39 @@ def programs(run: Run, n: int) -> list[str]:
     return text
 
 
+def describe_runs(runs: list[Run]) -> list[str]:
+    """Where and with what each run was made; the command that makes the first again."""
+    rows, settings = [], runs[0].config["settings"]
+    for run in runs:
+        known = run.config | run.config["settings"]
+        rows.append([run.folder, *(str(known.get(name)).partition(" (")[0] for name in ORIGIN)])
+    flags = [(f"--{name.replace('_', '-')}", str(settings[name])) for name in settings]
+    flags = [shlex.join(flag) for flag in flags if flag[0] not in ("--name", "--resume")]
+    command = textwrap.fill(" ".join(["python train.py", *flags]), 100, break_on_hyphens=False)
+    return [*table(["run", *ORIGIN], rows), "```", command.replace("\n", " \\\n    "), "```"]
+
+
 def write_report(runs: list[Run], out: Path) -> dict:
     """Write report.md and its figures, print the scores; returns the main numbers."""
     groups, numbers, first = group_by_settings(runs), {}, runs[0]
     forms = [count_forms(run) for run in runs][0]
     stages = {key: key.removeprefix("cost/") for key in first.records if key.startswith("cost/")}
-    problems = first.records["eval/base"].get("problems")
+    problems = first.records["eval/base"].get("problems", first.config["settings"]["eval_problems"])
+    counts = dict(curve=min(CURVE_PROBLEMS, problems), programs=len(first.infused()) or "the")
+    counts["rl_curve"] = max(first.curves["rlvr-base", "problems"].values(), default=counts["curve"])
     scores = summary("model", ARMS, SCORES, groups, numbers)
     sections = {"Scores": [f"Held-out problems: {problems}. Means ± standard errors over runs.", *scores]}
     sections["Differences in points"] = summary("models", DIFFERENCES, SCORES, groups, numbers)
-    for heading, drawn in FIGURES.items():
-        sections[heading] = [figure(out / f"{file}.png", groups, *how) for file, how in drawn.items()]
+    for heading, (note, drawn) in FIGURES.items():
+        drawn = [figure(out / f"{file}.png", groups, *how) for file, how in drawn.items()]
+        note = note.format(**first.config["settings"], **counts)
+        sections[heading] = [note, "", *drawn] if any(drawn) else []
     sections["Where q thinks: share of held-out lines with a rationale"] = [
         *summary("rationales by", {"infused": "q"}, RATES, groups, numbers),
         *table(["line", "lines", "with a rationale"], forms)]
     sections["Figure 2: programs before and after infusion"] = programs(first, 4)
     sections["Cost"] = summary("stage", stages, COST, groups, {})
-    sections["Runs"] = [f"- {run.folder}: `{json.dumps(run.config)}`" for run in runs]
+    sections["Runs"] = describe_runs(runs)
     text = [f"# {', '.join(run.folder.name for run in runs)}"]
     for heading, body in sections.items():
         text += ["", f"## {heading}", "", *body] if any(body) else []

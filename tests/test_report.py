@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import math
+import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 
 import elbo
+import train
 from model import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -17,9 +19,8 @@ spec = importlib.util.spec_from_file_location("report", ROOT / "docs/report.py")
 report = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(report)
 ENC = load_tokenizer(ROOT / "base")
-SETTINGS = {"name": "", "seed": 0, "c": 0.05, "horizon": 6, "benchmark": "world", "micro_batch": 32,
-            "arms": "ra3,ntp"}
-SCORES = {"greedy": 0.5, "pass@1": 0.4, "pass@5": 0.6, "problems": 8}
+SETTINGS = train.Settings().flat() | {"arms": "ra3,ntp"}
+SCORES = {"greedy": 0.5, "pass@1": 0.4, "pass@5": 0.6, "problems": 72}
 
 
 def evaluation(arm: str, **scores) -> dict:
@@ -39,7 +40,8 @@ def mid_training(arm: str, nll: list[float], updates: int = 2) -> list[dict]:
 
 def write_run(folder: Path, log: list[dict], traces=(), **settings) -> Path:
     folder.mkdir(parents=True)
-    config = {"settings": SETTINGS | settings, "unfit": {}, "commit": "abc123", "torch": "2.13", "gpu": None}
+    config = {"settings": SETTINGS | settings, "unfit": {}, "commit": "abc123",
+              "python": "3.11.7 (main, May  9)", "torch": "2.13", "cpus": 2, "gpu": None}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     if traces:
@@ -104,13 +106,16 @@ def whole(tmp_path):
 def test_one_run_is_shown_in_its_own_folder_with_all_figures(whole, capsys):
     numbers, text, printed = run_report(capsys, whole)
     assert "| RA3 | 87.5% | 40.0% | 60.0% | 0.0200 | 1 |" in printed and "| RA3 + RLVR | 50.0%" in printed
-    for part in ("Figure 1", "Figure 2", "Figures 3 and 4", "Figure 5", "Cost", "Held-out problems: 8."):
+    for part in ("Figure 1", "Figure 2", "Figures 3 and 4", "Figure 5", "Cost", "Held-out problems: 72."):
         assert part in text
-    assert "abc123" in text and '"c": 0.05' in text
+    assert f"| {whole} | 0 | abc123 | 3.11.7 | 2.13 | 2 | None |" in text
+    command = text.split("```\n")[-2].replace("\\\n", " ")
+    config = json.loads((whole / "config.json").read_text())
+    assert train.parse_flags(shlex.split(command)[2:]).flat() == config["settings"]
     for figure in ("estep_reward", "estep_think", "estep_uplift", "mstep_nll", "mid_accuracy", "rlvr"):
         assert (whole / f"{figure}.png").stat().st_size > 1000 and f"({figure}.png)" in text
-    assert numbers["ra3"] == {"greedy": 0.875, "pass@1": 0.4, "pass@5": 0.6, "nll": 0.02}
-    assert numbers["ra3-ntp"] == pytest.approx({"greedy": 0.125, "pass@1": 0, "pass@5": 0, "nll": -0.08})
+    assert numbers["ra3"] == {"greedy": 87.5, "pass@1": 40, "pass@5": 60, "nll": 0.02}
+    assert numbers["ra3-ntp"] == pytest.approx({"greedy": 12.5, "pass@1": 0, "pass@5": 0, "nll": -0.08})
     assert numbers["seeds"] == [0] and numbers["runs"] == [str(whole)]
     assert "| estep | 12 | 1,234,567 |" in text
 
@@ -118,8 +123,8 @@ def test_one_run_is_shown_in_its_own_folder_with_all_figures(whole, capsys):
 def test_rationales_are_counted_per_line_and_per_step_of_which_a_loop_is_one(whole, capsys):
     numbers, text, _ = run_report(capsys, whole)
     # Two programs of 9 lines; each has three steps with a constant (add, the loop, subtract) and one without.
-    rates = {"think": 3 / 18, "think_needed": 2 / 6, "think_other": 1 / 2}
-    assert numbers["infused"] == pytest.approx(rates, abs=1e-6)
+    rates = {"think": 300 / 18, "think_needed": 200 / 6, "think_other": 100 / 2}
+    assert numbers["infused"] == pytest.approx(rates, abs=1e-4)
     assert "| `xs = [x + N for x in xs]` | 2 | 50% |" in text and "| `return xs` | 2 | 0% |" in text
     assert "| `out = []` | 2 | 0% |" in text and "| `if x > N:` | 2 | 50% |" in text
 
@@ -146,7 +151,7 @@ def test_of_several_rounds_curves_follow_one_another_and_the_last_infusion_count
     (folder / "infused.2.jsonl").write_text(json.dumps(second) + "\n")
     assert report.read_run(folder).curves["ra3", "nll"] == {0: 0.3, 2: 0.15, 4: 0.1}
     numbers, _, _ = run_report(capsys, folder)
-    assert numbers["ra3"] == {"nll": 0.1} and numbers["infused"]["think"] == pytest.approx(1 / 9, abs=1e-6)
+    assert numbers["ra3"] == {"nll": 0.1} and numbers["infused"]["think"] == pytest.approx(100 / 9, abs=1e-4)
 
 
 def test_seeds_are_one_group_and_differences_are_taken_within_a_run(tmp_path, capsys):
@@ -161,7 +166,7 @@ def test_seeds_are_one_group_and_differences_are_taken_within_a_run(tmp_path, ca
     error = 100 * math.sqrt(0.02 / 2 / 3)                       # deviations 0, 0.1, -0.1; n - 1 = 2; n = 3
     assert f"| RA3 | 90.0% ± {error:.1f}% | 40.0% ± 0.0% " in printed
     # Gaps of 0.4, 0.3 and 0.5: less spread than either arm's own.
-    assert numbers["ra3-ntp"]["greedy"] == pytest.approx(0.4)
+    assert numbers["ra3-ntp"]["greedy"] == pytest.approx(40)
     assert f"| RA3 - NTP | 40.0% ± {error:.1f}%" in text
 
 
@@ -172,7 +177,7 @@ def test_settings_that_differ_make_groups_named_by_their_flags(tmp_path, capsys)
     runs += [write_run(tmp_path / "n", [evaluation("ra3", greedy=0.125)], c="inf", horizon=1)]
     numbers, text, printed = run_report(capsys, *runs, out=tmp_path / "out")
     assert "| RA3 | 50.0% ± 0.0% " in printed and "| RA3 --horizon 1 | 25.0% " in printed
-    assert numbers["ra3 --c inf --horizon 1"]["greedy"] == 0.125 and numbers["ra3"]["greedy"] == 0.5
+    assert numbers["ra3 --c inf --horizon 1"]["greedy"] == 12.5 and numbers["ra3"]["greedy"] == 50
     assert (tmp_path / "out/mstep_nll.png").exists() and "Figure 5" not in text
 
 
@@ -203,6 +208,33 @@ def test_runs_of_different_length_are_shown_as_far_as_all_have_come(tmp_path, mo
     report.figure(tmp_path / "x.png", groups, "title", "nll", ["ntp", "ra3"])
     # Means of 0.3 and 0.5, 0.2 and 0.4; standard error sqrt(0.02 / 2) = 0.1.
     assert drawn == {"RA3": pytest.approx([0, 2, 0.4, 0.3, 0.1, 0.1])}
+
+
+def test_each_arm_has_its_colour_in_all_figures(whole, capsys, monkeypatch):
+    drawn = {}
+
+    def errorbar(ax, steps, middle, error, label, color):
+        drawn.setdefault(label.strip().removesuffix(" + RLVR"), set()).add(color)
+        ax.plot(steps, middle)
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    run_report(capsys, whole)
+    assert drawn.keys() == {"base", "NTP", "NTP, RA3's compute", "RA3"}
+    assert all(len(colours) == 1 for colours in drawn.values()) and len(set.union(*drawn.values())) == 4
+
+
+def test_a_figure_says_how_many_problems_its_points_are_of(whole, capsys):
+    _, text, _ = run_report(capsys, whole)
+    assert "Cross-entropy on 2 held-out programs, accuracy on the first 64 held-out problems." in text
+    assert "Each point: 16 training programs, 8 versions of each." in text
+    assert "Accuracy on 64 held-out problems." in text and "rlvr_sampled" not in text
+    log = (whole / "metrics.jsonl").read_text()
+    (whole / "metrics.jsonl").write_text(log.replace('"problems": 72', '"problems": 9'))
+    (whole / "infused.jsonl").unlink()
+    with open(whole / "metrics.jsonl", "a") as f:
+        f.write('{"phase": "rlvr-base", "step": 1, "pass@1": 0.5, "problems": 8}\n')
+    _, text, _ = run_report(capsys, whole)
+    assert "Accuracy on 8 held-out problems." in text and "(rlvr_sampled.png)" in text
+    assert "Cross-entropy on the held-out programs, accuracy on the first 9 held-out problems." in text
 
 
 @pytest.mark.parametrize("kind", ["no folder", "no log", "damaged"])
