@@ -48,7 +48,7 @@ import sandbox
 COPIED = ("*.py", "base/*", "docs/*.py", "docs/*.md", "docs/assignments/README.md",
           "LICENSE", "README.md", "constraints.txt", "pyproject.toml")
 MEMORY_MB = 2048           # that a child may allocate beside the modules
-ANSWER_MB = 64             # size of its answers
+ANSWER_MB = 4              # size of its answers
 GRACE_S, PATIENCE = 3, 5   # its CPU seconds: these, and so many times those of the reference
 WALL_S = 50                # its wall time, should it sleep
 BUDGET = 3_000_000         # tokens of the open exercise: half of what RA3 takes by default
@@ -135,9 +135,9 @@ def plain(value):
 def describe(error: BaseException, source: str, file: str) -> str:
     """An exception in words, with the last line of the student's file that it came through."""
     if isinstance(error, NotImplementedError):
-        return "it is not written yet"
+        return "NotImplementedError: it is not written yet"
     if isinstance(error, SyntaxError):
-        return f"line {error.lineno} of {file} is not Python: {error.msg}"
+        return f"SyntaxError: line {error.lineno} of {file}: {error.msg}"
     text, lines = f"{type(error).__name__}: {error}"[:500], source.split("\n")
     for frame in reversed(traceback.extract_tb(error.__traceback__, limit=-50)):
         if frame.filename == file:
@@ -154,7 +154,7 @@ def call_student(folder: str, name: str, seed: int, seconds: float, answers: str
     for standard in (0, 1, 2):
         os.dup2(null, standard)                      # functions may print
     try:
-        source = (Path(folder) / file).read_text()
+        source = (Path(folder) / file).open().read(1 << 20)
         put_in(exercise, source)
         facts = list(exercise.facts(Draw(seed, name)))
         lock(seconds)
@@ -209,7 +209,9 @@ def compare(line: bytes, want) -> str:
     """What is wrong with a line of a child's, in words; "" if nothing."""
     try:
         answer = json.loads(line)
-        return str(answer["error"])[:800] if "error" in answer else difference(answer["value"], want)
+        if "error" in answer:
+            return f"it raises {answer['error']}"[:800]
+        return difference(answer["value"], want)
     except KeyError as e:
         return f"there is no {e} in the answer"
     except (ValueError, TypeError, RecursionError, OverflowError):

@@ -101,7 +101,7 @@ def sampling(draw: Draw) -> Iterator[Fact]:
         p.data = 0.4 * draw.normal(*p.shape)
     prompts = [draw.integers(n, 1, 12) for n in (3, 9, 1, 5)]
     seeds, seen = draw.integers(4, 0, 1000), []
-    gpt.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel()))
+    gpt.embed_tokens.register_forward_pre_hook(lambda layer, args: seen.append(args[0].numel()))
 
     def samples(n: int = 16, stop_ids=(), **how) -> list[dict]:
         drawn = model.generate(gpt, prompts, max_new_tokens=n, seeds=seeds, stop_ids=stop_ids, **how)
@@ -137,7 +137,7 @@ def score(draw: Draw) -> Iterator[Fact]:
     batch = draw.batch()
     n = int(batch.scored.sum())
     logits, steep, weight = draw.normal(n, 11), 60 * draw.normal(n, 11), draw.normal(2, *batch.scored.shape)
-    yield Fact("the gate's part is log q(think) where a comment opens, log q(act) where a line begins, else 0",
+    yield Fact("the gate's part is log q(think) where a comment opens, log q(act) where a line begins",
                lambda: elbo.score(logits, batch, OPENERS)[0])
     yield Fact("the token's part is log p(token) less the gate's part; 0 in prompts",
                lambda: elbo.score(logits, batch, OPENERS)[1])
@@ -199,11 +199,12 @@ def advantages(draw: Draw) -> Iterator[Fact]:
 def reinforce(draw: Draw) -> Iterator[Fact]:
     batch, A = draw.batch(), draw.normal(3, 4)
     gate, token = draw.normal(2, *batch.scored.shape) * batch.scored
-    log_q = elbo.log_q(gate, token, batch)                                    # 0 where q decides nothing
+
+    def loss(gate: Tensor, token: Tensor) -> Tensor:
+        return estep.reinforce_loss(elbo.log_q(gate, token, batch), A, batch)
     yield Fact("the loss is minus the sum of log q times the advantage of the token's line",
-               lambda: estep.reinforce_loss(log_q, A, batch))
-    yield Fact("so is its gradient",
-               lambda: with_gradient(lambda x: estep.reinforce_loss(x, A, batch), log_q))
+               lambda: loss(gate, token))
+    yield Fact("so is its gradient", lambda: with_gradient(loss, gate, token))
 
 
 def anchor(draw: Draw) -> Iterator[Fact]:
@@ -262,9 +263,9 @@ def e_update(draw: Draw) -> Iterator[Fact]:
     pi = copy.deepcopy(base).requires_grad_(False)
     for p in pi.parameters():                        # another judge than q, so that mixing them up shows
         p += 0.02 * draw.normal(*p.shape)
-    problems = bench.world("train", 3, seed=draw.integers(1, 0, 10_000)[0])
+    problems = bench.world("train", 2, seed=draw.integers(1, 0, 10_000)[0])
     programs = [elbo.parse(enc, p.prompt, p.solution, enc.eot_token) for p in problems]
-    seeds = [[i] for i in draw.integers(9, 0, 1000)]
+    seeds = [[i] for i in draw.integers(6, 0, 1000)]
     cfg = estep.EStepConfig(e_rollouts=3, explore=0.3, e_anchor=0.3, horizon=3, floor=2.0, max_rationale=12)
 
     def update(micro_batch: int) -> dict:
@@ -272,7 +273,7 @@ def e_update(draw: Draw) -> Iterator[Fact]:
         sgd = torch.optim.SGD(q.parameters(), lr=1.0)
         stats = estep.e_update(q, pi, sgd, enc, elbo.opener_mask(enc), programs, seeds, cfg, micro_batch)
         return stats | dict(step_of_q=q.norm.weight - base.norm.weight, pi=pi.norm.weight)
-    yield Fact("one update returns what to watch, moves q, and leaves pi", lambda: update(9))
+    yield Fact("one update returns what to watch, moves q, and leaves pi", lambda: update(6))
     yield Fact("passes of one program each give the same", lambda: update(3))
 
 
