@@ -102,7 +102,8 @@ def put_in(exercise: Exercise, source: str):
         if name not in theirs:
             raise ValueError(f"{exercise.module}.py has no function {name}")
         ours[name].body, reference = theirs[name].body, getattr(module, name)
-        exec(compile(ast.Module([ours[name]], []), f"{exercise.module}.py", "exec"), vars(module))
+        code = compile(ast.Module([ours[name]], []), f"{exercise.module}.py", "exec")
+        exec(code, vars(module))
         for other in MODULES.values():               # where the reference has been imported to
             for key in [key for key, value in vars(other).items() if value is reference]:
                 setattr(other, key, getattr(module, name))
@@ -219,6 +220,7 @@ class Grader:
     """Grades exercises one by one; a context manager, since it keeps a server."""
 
     def __enter__(self):
+        """Start the server."""
         command = [sys.executable, "-I", __file__, "serve"]        # -I, cwd: nothing of a student is imported
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
@@ -231,13 +233,14 @@ class Grader:
 
     def grade(self, folder: Path, name: str, seed: int) -> str:
         """The first fact that fails, and a hint; "" if all hold."""
-        facts, began = list(EXERCISES[name].facts(Draw(seed, name))), time.process_time()
+        facts = list(EXERCISES[name].facts(Draw(seed, name)))
+        began = time.process_time()
         right = [plain(fact.answer()) for fact in facts]
         seconds = GRACE_S + PATIENCE * (time.process_time() - began)
         with tempfile.TemporaryDirectory() as place:
             answers = Path(place) / "answers"
-            print(json.dumps([str(folder.resolve()), name, seed, seconds, str(answers)]),
-                  file=self.server.stdin, flush=True)
+            job = [str(folder.resolve()), name, seed, seconds, str(answers)]
+            print(json.dumps(job), file=self.server.stdin, flush=True)
             ended = json.loads(self.server.stdout.readline())
             lines = answers.read_bytes().splitlines() if answers.exists() else []
         for fact, want, line in itertools.zip_longest(facts, right, lines[:len(facts)]):

@@ -66,7 +66,8 @@ class Draw:
                 if (row + t) % 2:
                     comment = self.integers(1, 0, 3) + self.integers(2, 3, 11)
                     trace.add(comment, LATENT, t, FORCED if t == 2 else FREE)
-                trace.add(self.integers(1, 3, 11) + self.integers(t + 1, 0, 11), ACTION, t, FREE)
+                line = self.integers(1, 3, 11) + self.integers(t + 1, 0, 11)
+                trace.add(line, ACTION, t, FREE)
             traces.append(trace)
         return elbo.collate(traces)
 
@@ -117,7 +118,8 @@ def sampling(draw: Draw) -> Iterator[Fact]:
 
     def many() -> int:                               # who only pretends to use a cache has no time for this
         seeds = list(range(32))
-        return len(model.generate(gpt, prompts[:1] * 32, max_new_tokens=500, seeds=seeds, stop_ids=()))
+        drawn = model.generate(gpt, prompts[:1] * 32, max_new_tokens=500, seeds=seeds, stop_ids=())
+        return len(drawn)
     yield Fact("greedy, prompts are continued up to max_new_tokens, and do not see each other's padding",
                lambda: tokens(temperature=0))
     yield Fact("each prompt draws from its own seed", tokens)
@@ -136,39 +138,46 @@ def sampling(draw: Draw) -> Iterator[Fact]:
 def score(draw: Draw) -> Iterator[Fact]:
     batch = draw.batch()
     n = int(batch.scored.sum())
-    logits, steep, weight = draw.normal(n, 11), 60 * draw.normal(n, 11), draw.normal(2, *batch.scored.shape)
+    logits, steep = draw.normal(n, 11), 60 * draw.normal(n, 11)
+    weight = draw.normal(2, *batch.scored.shape)
+
+    def weighted_sum(logits: Tensor) -> Tensor:
+        return (weight * torch.stack(elbo.score(logits, batch, OPENERS))).sum()
     yield Fact("the gate's part is log q(think) where a comment opens, log q(act) where a line begins",
                lambda: elbo.score(logits, batch, OPENERS)[0])
     yield Fact("the token's part is log p(token) less the gate's part; 0 in prompts",
                lambda: elbo.score(logits, batch, OPENERS)[1])
     yield Fact("logarithms of probabilities too small for a float stay finite",
                lambda: torch.stack(elbo.score(steep, batch, OPENERS)))
-    yield Fact("both parts carry gradients", lambda: with_gradient(
-        lambda x: (weight * torch.stack(elbo.score(x, batch, OPENERS))).sum(), logits))
+    yield Fact("both parts carry gradients", lambda: with_gradient(weighted_sum, logits))
 
 
 def by_line(draw: Draw) -> Iterator[Fact]:
     batch = draw.batch()
     values, weight = draw.normal(*batch.scored.shape), draw.normal(3, 6)
+
+    def weighted_sum(values: Tensor) -> Tensor:
+        return (weight * elbo.by_line(values, batch, 6)).sum()
     yield Fact("entry i belongs to the line of token i + 1; what stands in no line counts nowhere",
                lambda: elbo.by_line(values, batch, 4))
     yield Fact("lines that a program does not have are 0", lambda: elbo.by_line(values, batch, 6))
-    yield Fact("sums carry gradients",
-               lambda: with_gradient(lambda x: (weight * elbo.by_line(x, batch, 6)).sum(), values))
+    yield Fact("sums carry gradients", lambda: with_gradient(weighted_sum, values))
 
 
 def reward(draw: Draw) -> Iterator[Fact]:
-    log_pi, gate = -3 * draw.normal(4, 6).abs() - 0.1, -draw.normal(4, 6).abs()
-    think, broken, free = draw.flags(4, 6), draw.flags(4, 6), draw.flags(4, 6)
+    log_pi, gate = -0.1 - 3 * draw.normal(4, 6).abs(), -draw.normal(4, 6).abs()
+    think, broken, free = draw.flags(3, 4, 6)
     none = torch.zeros(4, 6, dtype=torch.bool)
     # One line of each kind is there for every seed.
     log_pi[0, 0], log_pi[1, :2] = -20.0, -0.5
-    think[1, :2], broken[1, :2], free[1, :2] = torch.tensor([True, False]), True, True
+    think[1, :2] = torch.tensor([True, False])
+    broken[1, :2] = free[1, :2] = True
 
     def rewards(think=none, broken=none, free=none, **how) -> Tensor:
         how = dict(c=0.0, beta=0.0, p_think=0.2, broken_cost=0.0) | how
         return elbo.line_rewards(log_pi, think, broken, gate, free, **how)
-    g, entropy = draw.normal(5).sigmoid().double(), draw.normal(5).abs().double()
+    entropy = draw.normal(5).abs().double()
+    g = draw.normal(5).sigmoid().double()
     sure = torch.tensor([0.0, 1.0]).double()
     yield Fact("without prices the reward is log pi", rewards)
     yield Fact("no line's likelihood costs more than `floor` nats", lambda: rewards(floor=2.5))
@@ -211,7 +220,10 @@ def anchor(draw: Draw) -> Iterator[Fact]:
     batch = draw.batch()
     n = int(batch.scored.sum())
     logits, pi_logits = draw.normal(n, 11), draw.normal(n, 11)
-    plain = elbo.collate([Trace([3, 4, 5, 6], [PROMPT] + [ACTION] * 3, [-1, 0, 0, 0], [0, 0, 0, 0])])
+    trace = Trace()
+    trace.add([3], PROMPT)
+    trace.add([4, 5, 6], ACTION, 0)
+    plain = elbo.collate([trace])
     yield Fact("away from gates it is the sum of KL(pi || q)",
                lambda: estep.anchor_loss(logits[:3], pi_logits[:3], plain, OPENERS))
     yield Fact("rationales do not count; at gates both are renormalised over tokens that open no comment",
@@ -222,7 +234,10 @@ def anchor(draw: Draw) -> Iterator[Fact]:
 
 def pack(draw: Draw) -> Iterator[Fact]:
     def rows(lengths: list[int], length: int) -> list[list[int]]:
-        return mstep.pack([Trace([1] * n, [ACTION] * n, [0] * n, [0] * n) for n in lengths], length)
+        traces = [Trace() for _ in lengths]
+        for trace, n in zip(traces, lengths):
+            trace.add([1] * n, ACTION)
+        return mstep.pack(traces, length)
     lengths = (2 + torch.randperm(30, generator=draw.rng)[:14]).tolist()          # no two alike
     yield Fact("a row may be filled to its last token", lambda: rows([4, 6, 3, 7], 10))
     yield Fact("the longest goes first, each into the first row that has room",
@@ -233,7 +248,8 @@ def pack(draw: Draw) -> Iterator[Fact]:
 
 
 def grpo(draw: Draw) -> Iterator[Fact]:
-    rewards, old, A = draw.flags(4, 6).float(), draw.normal(40), draw.normal(40)
+    old, A = draw.normal(2, 40)
+    rewards = draw.flags(4, 6).float()
     rewards[0] = torch.tensor([1.0, 0, 0, 0, 0, 0])
     logp = old + 0.4 * draw.normal(40)
     ratio = torch.tensor([0.75, 0.85, 1.15, 1.25, 1.35] * 2)                  # about both bounds
@@ -247,7 +263,8 @@ def grpo(draw: Draw) -> Iterator[Fact]:
 
 
 def pass_at_k(draw: Draw) -> Iterator[Fact]:
-    [n], impossible = draw.integers(1, 5, 20), [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)]
+    [n] = draw.integers(1, 5, 20)
+    impossible = [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)]
 
     def estimates(n: int) -> list[float]:
         return [bench.pass_at_k(n, c, k) for c in range(n + 1) for k in range(1, n + 1)]
@@ -266,7 +283,7 @@ def e_update(draw: Draw) -> Iterator[Fact]:
     problems = bench.world("train", 2, seed=draw.integers(1, 0, 10_000)[0])
     programs = [elbo.parse(enc, p.prompt, p.solution, enc.eot_token) for p in problems]
     seeds = [[i] for i in draw.integers(6, 0, 1000)]
-    torch.optim.SGD(pi.parameters(), lr=0.0).step()                # imports what a locked process cannot any more
+    torch.optim.SGD(pi.parameters(), lr=0.0).step()              # imports what a locked process cannot import
     cfg = estep.EStepConfig(e_rollouts=3, explore=0.3, e_anchor=0.3, horizon=3, floor=2.0, max_rationale=12)
 
     def update(micro_batch: int) -> dict:
