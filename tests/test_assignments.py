@@ -65,7 +65,7 @@ def problems(name: str, source: str, seed: int = SEED) -> str:
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_a_right_answer_that_is_not_the_reference_gets_the_points_and_each_wrong_one_does_not(name):
+def test_right_answers_unlike_the_reference_hold_and_wrong_ones_fail(name):
     assert problems(name, written(name)) == ""
     assert len(WRONG[name]) >= 3
     for what, fragment, instead in WRONG[name]:
