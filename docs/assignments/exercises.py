@@ -138,8 +138,8 @@ def sampling(draw: Draw) -> Iterator[Fact]:
 def score(draw: Draw) -> Iterator[Fact]:
     batch = draw.batch()
     n = int(batch.scored.sum())
-    logits, steep = draw.normal(n, 11), 60 * draw.normal(n, 11)
-    weight = draw.normal(2, *batch.scored.shape)
+    logits, weight = draw.normal(n, 11), draw.normal(2, *batch.scored.shape)
+    sure = [logits + 40 * OPENERS, logits - 40 * OPENERS]              # of think, of act
 
     def weighted_sum(logits: Tensor) -> Tensor:
         return (weight * torch.stack(elbo.score(logits, batch, OPENERS))).sum()
@@ -148,7 +148,7 @@ def score(draw: Draw) -> Iterator[Fact]:
     yield Fact("the token's part is log p(token) less the gate's part; 0 in prompts",
                lambda: elbo.score(logits, batch, OPENERS)[1])
     yield Fact("logarithms of probabilities too small for a float stay finite",
-               lambda: torch.stack(elbo.score(steep, batch, OPENERS)))
+               lambda: [elbo.score(x, batch, OPENERS) for x in sure])
     yield Fact("both parts carry gradients", lambda: with_gradient(weighted_sum, logits))
 
 
