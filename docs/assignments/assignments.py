@@ -207,6 +207,8 @@ def difference(got, want, place: str = "the answer") -> str:
         return ""
     numbers = type(got) in (int, float, bool) and kind is float
     same = math.isclose(got, want, rel_tol=1e-4, abs_tol=1e-5) if numbers else got == want
+    if numbers:
+        got, want = round(got, 6), round(want, 6)
     return "" if same else f"{place} is {repr(got)[:60]}, should be {want!r}"
 
 
