@@ -109,8 +109,8 @@ HOSTILE = {
     "the reference's source": f"exec(open({str(ROOT / 'estep.py')!r}).read(), globals())\nreturn returns(rewards, horizon, gamma)",
     "the reference's bytecode": "import importlib\nimport estep\nimportlib.reload(estep)\nreturn estep.returns(rewards, horizon, gamma)",
     "the reference in memory": (
-        "import gc\n[found] = [f for f in gc.get_objects() if getattr(f, '__name__', '') == 'returns'\n"
-        "           and f.__module__ == 'estep' and f is not returns]\nreturn found(rewards, horizon, gamma)"),
+        "import gc\n[found] = [f for f in gc.get_objects() if type(f) is type(returns)\n"
+        "           and f.__name__ == 'returns' and f is not returns]\nreturn found(rewards, horizon, gamma)"),
     "nesting": "import json\njson.dumps = lambda *a, **k: '[' * 10 ** 6\nreturn rewards",
 }
 

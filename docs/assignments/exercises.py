@@ -284,7 +284,8 @@ def e_update(draw: Draw) -> Iterator[Fact]:
     programs = [elbo.parse(enc, p.prompt, p.solution, enc.eot_token) for p in problems]
     seeds = [[i] for i in draw.integers(6, 0, 1000)]
     torch.optim.SGD(pi.parameters(), lr=0.0).step()              # imports what a locked process cannot import
-    cfg = estep.EStepConfig(e_rollouts=3, explore=0.3, e_anchor=0.3, horizon=3, floor=2.0, max_rationale=12)
+    cfg = estep.EStepConfig(e_rollouts=3, explore=0.3, max_rationale=12)
+    cfg.e_anchor, cfg.beta, cfg.horizon, cfg.floor = 0.3, 1.0, 3, 2.0
 
     def update(micro_batch: int) -> dict:
         q = copy.deepcopy(base)
