@@ -2,6 +2,7 @@
 import ast
 import json
 import sys
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def test_a_copy_lacks_just_the_exercises(tmp_path):
     assert (tmp_path / "mine/base/model.safetensors").exists() and not (tmp_path / "mine/tests").exists()
 
 
-def test_grading_all_and_one_and_the_file_for_gradescope(tmp_path, capsys):
+def test_each_wrong_answer_costs_its_own_points_in_the_file_for_gradescope(grader, tmp_path, capsys, monkeypatch):
     """Wrong in four of the seven functions of estep.py and a bench.py left blank: each costs its own points."""
     assignments.make_copy(tmp_path / "mine")
     for module in MODULES.keys() - {"bench", "estep"}:
@@ -169,15 +170,18 @@ def test_grading_all_and_one_and_the_file_for_gradescope(tmp_path, capsys):
         functions = assignments.definitions(spoil(name, fragment, instead))
         source += "\n\n" + "\n\n".join(ast.unparse(functions[f]) for f in EXERCISES[name].functions)   # the last one counts
     (tmp_path / "mine/estep.py").write_text(source)
-    results = tmp_path / "results.json"
-    assignments.main(["grade", str(tmp_path / "mine"), "--json", str(results), "--seed", "3"])
-    graded = json.loads(results.read_text())
+    graded = assignments.grade(grader, tmp_path / "mine", list(EXERCISES), 3)
     lost = [test["name"] for test in graded["tests"] if not test["score"]]
     assert lost == [*wrong, "pass_at_k"]
     assert graded["score"] == 100 - sum(EXERCISES[name].points for name in lost)
     assert [test["max_score"] for test in graded["tests"]] == [e.points for e in EXERCISES.values()]
     assert f"{graded['score']:3} of 100; inputs of seed 3" in capsys.readouterr().out
     assert "NotImplementedError" in graded["tests"][-2]["output"]
+    monkeypatch.setattr(assignments, "Grader", lambda: nullcontext(grader))
+    file = tmp_path / "results.json"
+    assignments.main(["grade", str(tmp_path / "mine"), "--only", "pack", "--json", str(file), "--seed", "3"])
+    test = dict(name="pack", score=6, max_score=6, output="all facts hold")
+    assert json.loads(file.read_text()) == dict(score=6, tests=[test], output="inputs of seed 3")
 
 
 def test_the_handout_lists_the_exercises():

@@ -259,15 +259,14 @@ class Grader:
         return ""
 
 
-def grade(folder: Path, names: list[str], seed: int) -> dict:
+def grade(grader: Grader, folder: Path, names: list[str], seed: int) -> dict:
     """Grade and print; returns what Gradescope reads as results.json."""
     tests = []
-    with Grader() as grader:
-        for name in names:
-            problem, points = grader.grade(folder, name, seed), EXERCISES[name].points
-            score = 0 if problem else points
-            tests.append(dict(name=name, score=score, max_score=points, output=problem or "all facts hold"))
-            print(f"{score:3} of {points:3}  {name}", *problem.splitlines(), sep="\n            ", flush=True)
+    for name in names:
+        problem, points = grader.grade(folder, name, seed), EXERCISES[name].points
+        score = 0 if problem else points
+        tests.append(dict(name=name, score=score, max_score=points, output=problem or "all facts hold"))
+        print(f"{score:3} of {points:3}  {name}", *problem.splitlines(), sep="\n            ", flush=True)
     score, best = (sum(test[key] for test in tests) for key in ("score", "max_score"))
     print(f"{score:3} of {best:3}; inputs of seed {seed}")
     return dict(score=score, tests=tests, output=f"inputs of seed {seed}")
@@ -320,7 +319,8 @@ def main(argv: list[str] | None = None):
         raise ValueError(f"{args.copy} is no folder")
     else:
         seed = secrets.randbelow(10**6) if args.seed is None else args.seed
-        results = grade(args.copy, [args.only] if args.only else list(EXERCISES), seed)
+        with Grader() as grader:
+            results = grade(grader, args.copy, [args.only] if args.only else list(EXERCISES), seed)
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n")
 

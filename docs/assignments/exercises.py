@@ -285,7 +285,7 @@ def e_update(draw: Draw) -> Iterator[Fact]:
     seeds = [[i] for i in draw.integers(6, 0, 1000)]
     torch.optim.SGD(pi.parameters(), lr=0.0).step()              # imports what a locked process cannot import
     cfg = estep.EStepConfig(e_rollouts=3, explore=0.3, max_rationale=12)
-    cfg.e_anchor, cfg.beta, cfg.horizon, cfg.floor = 0.3, 1.0, 3, 2.0
+    cfg.e_anchor, cfg.beta, cfg.horizon, cfg.floor = 0.05, 1.0, 3, 2.0
 
     def update(micro_batch: int) -> dict:
         q = copy.deepcopy(base)
