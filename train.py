@@ -215,7 +215,7 @@ def experiment(run: "Run", data: "Data"):
     """Base; mid-training by RA3 and by NTP; RLVR from each of the three. An arm is the name of its model."""
     s, base, heldout = run.s, run.s.run.model, [p.trace() for p in data.heldout]
     if s.run.warm_steps:
-        run.once("eval/cold", lambda: evaluate(run, base, data))
+        run.once("eval/cold", lambda: final(run, base, data))
         base = run.stage("warm", base, m_step, data, data.warm, heldout, s.run.warm_steps)
     arms, wanted = {"base": base}, s.run.arms.split(",")
 
@@ -232,11 +232,11 @@ def experiment(run: "Run", data: "Data"):
         spent = sum(run.tokens(stage) for stage in ("estep", "infuse", "ra3"))
         arms["ntp-long"] = ntp("ntp-long", round(s.m.m_steps * spent / run.tokens("ntp")))
     for name, model in arms.items():
-        run.once(f"eval/{name}", lambda: evaluate(run, model, data))
+        run.once(f"eval/{name}", lambda: final(run, model, data))
     arms.pop("ntp-long", None)
     for name, model in arms.items() if s.rl.rl_steps else ():
         model = run.stage(f"rlvr-{name}", model, grpo, data)
-        run.once(f"eval/rlvr-{name}", lambda: evaluate(run, model, data))
+        run.once(f"eval/rlvr-{name}", lambda: final(run, model, data))
 
 
 def ra3(run: "Run", base: str, data: "Data"):
@@ -303,7 +303,7 @@ def m_step(run: "Run", stage: str, model: GPT, data: "Data", traces: list[Trace]
     def probe(step: int):
         curve = {"nll": mstep.action_nll(model, run.mine(heldout), data.openers, micro_batch)}
         if step % 50 == 0 or step == n:
-            curve["greedy"] = accuracy(run, model, data, CURVE_PROBLEMS)["pass@1"]
+            curve["greedy"] = accuracy(run, model, data, data.eval_problems[:CURVE_PROBLEMS])["pass@1"]
         run.log(phase=stage, step=step, **curve)
     for step in run.steps(stage, model, optimizer, n, run.s.m.m_lr, decay=0.9):
         if step % 25 == 0:
@@ -321,20 +321,20 @@ def grpo(run: "Run", stage: str, model: GPT, data: "Data"):
     optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
     for step in run.steps(stage, model, optimizer, cfg.rl_steps, cfg.rl_lr, warmup=5):
         if step % 5 == 0:
-            run.log(phase=stage, step=step, greedy=accuracy(run, model, data, CURVE_PROBLEMS)["pass@1"])
+            run.log(phase=stage, step=step, **evaluate(run, model, data))
         picked = run.mine(run.choose("rlvr", step, len(data.rl_problems), cfg.rl_problems))
         seeds = [run.draw("rlvr", step, i, k) for i in picked for k in range(cfg.rl_group)]
         problems = [data.rl_problems[i] for i in picked]
         stats = rlvr.rl_update(model, optimizer, data.enc, problems, seeds, data.box, cfg, **run.batches)
         run.log(phase=stage, step=step, **stats)
-    run.log(phase=stage, step=cfg.rl_steps, greedy=accuracy(run, model, data, CURVE_PROBLEMS)["pass@1"])
+    run.log(phase=stage, step=cfg.rl_steps, **evaluate(run, model, data))
 
 
-def accuracy(run: "Run", model: GPT, data: "Data", problems: int, samples: int = 1) -> dict[str, float]:
-    """Unbiased pass@k on the first held-out problems: one greedy sample, or several at temperature 1."""
-    numbers = run.mine(range(min(problems, len(data.eval_problems))))
+def accuracy(run: "Run", model: GPT, data: "Data", problems: list, samples: int = 1) -> dict[str, float]:
+    """Unbiased pass@k on problems: one greedy sample of each, or several at temperature 1."""
+    numbers = run.mine(range(len(problems)))
     seeds = [run.draw("eval", i, j) for i in numbers for j in range(samples)]
-    tries = [data.eval_problems[i] for i in numbers for _ in range(samples)]
+    tries = [problems[i] for i in numbers for _ in range(samples)]
     _, passed = bench.attempt(model, data.enc, tries, seeds, data.box, temperature=float(samples > 1),
                               max_new_tokens=run.s.rl.max_new_tokens, batch_size=run.s.run.sample_batch)
     right = [sum(part) for part in elbo.chunks(passed, samples)]
@@ -344,12 +344,21 @@ def accuracy(run: "Run", model: GPT, data: "Data", problems: int, samples: int =
     return {k: value / n for k, value in sums.items()}
 
 
-def evaluate(run: "Run", name, data: "Data") -> dict[str, float]:
-    """Greedy accuracy and, at temperature 1, pass@1 and pass@5 on all held-out problems."""
-    model, n = run.load(name), len(data.eval_problems)
-    run.say(f"{Path(name).name} on {n} held-out problems")
-    sampled = accuracy(run, model, data, n, SAMPLES)
-    return dict(greedy=accuracy(run, model, data, n)["pass@1"], **sampled, problems=n)
+def evaluate(run: "Run", model: GPT, data: "Data", hard: bool = False) -> dict[str, float]:
+    """Greedy accuracy and, at temperature 1, pass@1 and pass@5 on all held-out problems; hard: on those too
+    that are beyond what was trained on."""
+    problems = data.eval_problems
+    scores = dict(accuracy(run, model, data, problems, SAMPLES), problems=len(problems))
+    scores["greedy"] = accuracy(run, model, data, problems)["pass@1"]
+    if hard and data.hard_problems:
+        scores["hard"] = accuracy(run, model, data, data.hard_problems, SAMPLES)["pass@1"]
+    return scores
+
+
+def final(run, name, data):
+    model = run.load(name)
+    run.say(f"{Path(name).name} on {len(data.eval_problems)} held-out problems")
+    return evaluate(run, model, data, hard=True)
 
 
 # -------------------------------------------------------------------------------------------------- the data
@@ -367,6 +376,7 @@ class Data:
         self.openers = elbo.opener_mask(enc).to(own_device())                                           # (V,)
         run, room = s.run, self.limit - s.rl.max_new_tokens
         self.eval_problems = self.problems(run.benchmark, run.eval_problems, "eval", 0)
+        self.hard_problems = self.problems("world", run.eval_problems, "hard", 0) if run.benchmark == "world" else []
         for p in self.eval_problems:
             if self.size(p.prompt) > room:
                 raise ValueError(f"{run.benchmark}: beside {p.id} less than {s.rl.max_new_tokens} of the "
