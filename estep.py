@@ -27,6 +27,7 @@ Where this departs from the paper, or where the paper is silent:
 """
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -45,12 +46,12 @@ from mstep import optimize, total
 @dataclass
 class EStepConfig:
     """What the E-step can be told, with the reason for each default."""
-    e_steps: Annotated[int, "updates of q; its reward settles within them"] = 30
+    e_steps: Annotated[int, "updates of q; its reward settles within them"] = 45
     e_programs: Annotated[int, "programs per update of the E-step"] = 16
     e_rollouts: Annotated[int, "K, versions of each program; the baseline averages the K - 1 others"] = 8
     e_lr: Annotated[float, "the E-step's learning rate; 5e-4 spoils the arithmetic at once"] = 2e-4
     e_anchor: Annotated[float, "weight of the trust region on action likelihoods; 0 loses skill"] = 0.1
-    c: Annotated[float, "price of a rationale in nats; inf: never think, which is NTP"] = 0.05
+    c: Annotated[float, "price of a rationale in nats; inf: never think, which is NTP"] = 0.1
     beta: Annotated[float, "weight of the gate's KL; 0 closes the gate before rationales are good"] = 0.1
     p_think: Annotated[float, "prior probability of a new rationale in the gate's KL"] = 0.5
     broken_cost: Annotated[float, "nats that a malformed rationale costs; more than chance wins"] = 0.5
@@ -62,6 +63,8 @@ class EStepConfig:
     max_comments: Annotated[int, "comment lines of a rationale; real code explains itself in blocks"] = 1
     rationales: Annotated[Literal["learned", "always", "first", "never"],
                           "where rationales stand: as q learns, at every line, the first, none"] = "learned"
+    draws: Annotated[int, "versions that a program of the M-step is put together from; 0: one as it is"] = 4
+    tau: Annotated[float, "nats that make a piece e times as likely to be taken from a version"] = 0.03
 
 
 # ------------------------------------------------------------------------------------------------ the update
@@ -379,4 +382,32 @@ def without_broken(trace: Trace) -> Trace:
     for token, kind, line, gate in zip(trace.tokens, trace.kind, trace.line, trace.gate):
         if line not in trace.broken or kind == ACTION:
             out.add([token], kind, line, gate)
+    return out
+
+
+@torch.no_grad()
+def select(pi: GPT, versions: list[Trace], openers: Tensor, cfg: EStepConfig, seed) -> Trace:
+    """One trace from several versions of a program, each of its pieces from a version that pays there.
+
+    A piece begins where most versions think. It is drawn with weight exp(reward / tau), the reward being its
+    lines' (`elbo.line_rewards`, without the gate's KL). q writes a rationale before it sees the line, so what
+    it says is a guess; here the line itself has its say, as in the posterior of Theorem 3.1.
+    """
+    batch = elbo.collate(versions, pi.device)
+    L = int(batch.line.max()) + 1
+    _, token = elbo.score(elbo.logits_of(pi, batch), batch, openers)
+    loglik = elbo.by_line(elbo.log_pi(token, batch), batch, L)                                     # (K, L)
+    think, broken = decisions(versions, L, pi.device)
+    rewards = elbo.line_rewards(loglik, think, broken, loglik, broken & False, c=cfg.c, beta=0.0, p_think=0.5,
+                                broken_cost=1e3, floor=cfg.floor)
+    begins = [0, *(t for t in range(1, L) if think[:, t].float().mean() > 0.5), L]
+    rng, out = np.random.default_rng(seed), Trace()
+    first = versions[0]
+    out.add(first.tokens[:first.line.index(0)], PROMPT)
+    for begin, end in pairwise(begins):
+        weight = (rewards[:, begin:end].sum(1) / cfg.tau).softmax(0).double()                      # (K,)
+        chosen = versions[rng.choice(len(versions), p=(weight / weight.sum()).numpy())]
+        for token, kind, line, gate in zip(chosen.tokens, chosen.kind, chosen.line, chosen.gate):
+            if begin <= line < end:
+                out.add([token], kind, line, gate)
     return out

@@ -65,7 +65,7 @@ class RunConfig:
     data: Annotated[str, "experts' programs: world, benchmarks (leetcode:train), or a corpus"] = "world"
     column: Annotated[str, "the corpus column that holds the programs"] = "text"
     rounds: Annotated[int, "rounds of E-step and M-step, each on --experts programs of its own"] = 1
-    experts: Annotated[int, "expert programs; about three epochs of the M-step"] = 2048
+    experts: Annotated[int, "expert programs; about three epochs of the M-step"] = 1280
     warm_data: Annotated[str, "commented corpus to warm a cold base up on; stdlib: Python's own"] = ""
     warm_steps: Annotated[int, "updates of the warm-up, before everything else"] = 0
     benchmark: Annotated[str, "held-out problems: world, or benchmarks (humaneval,mbpp)"] = "world"
@@ -100,7 +100,7 @@ class Settings:
         arms = set(run.arms.split(","))
         rules = []
         for name, value in values.items():
-            least = 0 if name == "seed" or name.endswith("_steps") else 1
+            least = 0 if name in ("seed", "draws") or name.endswith("_steps") else 1
             rules.append((name, type(value) is not int or value >= least, f"must be at least {least}"))
             rules.append((name, not name.endswith("_lr") or 0 < value < 1, "expected a rate between 0 and 1"))
             rules.append((name, type(value) is not float or value >= 0, "must not be negative"))
@@ -147,6 +147,7 @@ REAL = dict(
     max_new_tokens=512,                                # 99 in 100 of LeetCode's solutions
     max_rationale=64, max_comments=4,                 # a quarter of SmolLM2's comments are longer than a line
     horizon=16,                                        # real blocks are longer than the world's loops
+    c=0.05, draws=0,
     floor=math.inf,                                    # a real line costs 11 nats: a floor of 3 would hide it
     broken_cost=3.0,                                   # and chance may win back more than half a nat
     experts=8192,                                      # 200 updates of 64 read them one and a half times
@@ -249,7 +250,7 @@ def ra3(run: "Run", base: str, data: "Data"):
             q = run.stage("estep" + tag, model, e_step, data, experts)
         train, heldout = [], []
         if not run.done("ra3" + tag):                # else a resumed run would only throw them away
-            train, heldout = infuse(run, q, data, experts, how, tag)
+            train, heldout = infuse(run, model, q, data, experts, how, tag)
         model = run.stage("ra3" + tag, q, m_step, data, train, heldout, s.m.m_steps)
     return model
 
@@ -276,7 +277,7 @@ def e_step(run: "Run", stage: str, q: GPT, data: "Data", experts: list[Program])
         run.log(phase=stage, step=step, **stats)
 
 
-def infuse(run: "Run", q: str, data: "Data", experts: list[Program], cfg, tag: str) -> tuple[list, list]:
+def infuse(run: "Run", pi: str, q: str, data: "Data", experts: list[Program], cfg, tag: str) -> tuple[list, list]:
     """Traces of the experts' and the held-out programs, with rationales drawn from q that keep the format."""
     model, began, cfg = run.load(q), time.time(), dataclasses.replace(cfg, explore=0.0)
 
@@ -285,8 +286,12 @@ def infuse(run: "Run", q: str, data: "Data", experts: list[Program], cfg, tag: s
         seeds = [run.draw("infuse " + what, i) for i in numbers]
         mine = [programs[i] for i in numbers]
         return estep.rollout(model, data.enc, mine, seeds, data.openers, cfg, run.s.run.sample_batch)
-    train, heldout = draw("experts" + tag, experts), draw("heldout", data.heldout)
-    cost = mstep.total({"tokens": sum(map(estep.rollout_tokens, train))})
+    heldout, drawn = draw("heldout", data.heldout), [draw("experts" + tag + f" {k}" * (k > 0), experts) for k in range(max(cfg.draws, 1))]
+    cost = mstep.total({"tokens": sum(estep.rollout_tokens(t) for part in drawn for t in part)})
+    train = drawn[0]
+    if cfg.draws:
+        pi, numbers = run.load(pi), run.mine(range(len(experts)))
+        train = [estep.select(pi, [experts[i].trace(), *vs], data.openers, cfg, run.draw("select" + tag, i)) for i, *vs in zip(numbers, *drawn)]
     run.once("cost/infuse" + tag, lambda: dict(seconds=round(time.time() - began, 1), **cost))
     train, heldout = (run.gather([estep.without_broken(t) for t in traces]) for traces in (train, heldout))
     if run.rank == 0:
@@ -320,7 +325,7 @@ def grpo(run: "Run", stage: str, model: GPT, data: "Data"):
     cfg = run.s.rl
     optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
     for step in run.steps(stage, model, optimizer, cfg.rl_steps, cfg.rl_lr, warmup=5):
-        if step % 5 == 0:
+        if step % 10 == 0:
             run.log(phase=stage, step=step, **evaluate(run, model, data))
         picked = run.mine(run.choose("rlvr", step, len(data.rl_problems), cfg.rl_problems))
         seeds = [run.draw("rlvr", step, i, k) for i in picked for k in range(cfg.rl_group)]
