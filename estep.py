@@ -21,12 +21,15 @@ Where this departs from the paper, or where the paper is silent:
     per token.
  3. A line counts as costing `floor` nats at most: rare, very wrong rationales make most of the variance.
  4. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
- 5. The M-step goes on from q's weights, and has one draw of rationales per program.
- 6. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a
+ 5. The M-step goes on from q's weights, and rationales that are drawn once.
+ 6. The M-step learns from programs put together of several draws, by what paid (`select`): q's gate is slow
+    to learn where a rationale is idle, since one that costs only c is a weak signal beside the rationales'.
+ 7. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a
     longer, empty or unclosed one is closed by force and pays `broken_cost` for it.
 """
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,12 +49,12 @@ from mstep import optimize, total
 @dataclass
 class EStepConfig:
     """What the E-step can be told, with the reason for each default."""
-    e_steps: Annotated[int, "updates of q; its reward settles within them"] = 30
+    e_steps: Annotated[int, "updates of q; its reward settles within them"] = 45
     e_programs: Annotated[int, "programs per update of the E-step"] = 16
     e_rollouts: Annotated[int, "K, versions of each program; the baseline averages the K - 1 others"] = 8
     e_lr: Annotated[float, "the E-step's learning rate; 5e-4 spoils the arithmetic at once"] = 2e-4
     e_anchor: Annotated[float, "weight of the trust region on action likelihoods; 0 loses skill"] = 0.1
-    c: Annotated[float, "price of a rationale in nats; inf: never think, which is NTP"] = 0.05
+    c: Annotated[float, "price of a rationale in nats; inf: never think, which is NTP"] = 0.1
     beta: Annotated[float, "weight of the gate's KL; 0 closes the gate before rationales are good"] = 0.1
     p_think: Annotated[float, "prior probability of a new rationale in the gate's KL"] = 0.5
     broken_cost: Annotated[float, "nats that a malformed rationale costs; more than chance wins"] = 0.5
@@ -63,6 +66,8 @@ class EStepConfig:
     max_comments: Annotated[int, "comment lines of a rationale; real code explains itself in blocks"] = 1
     rationales: Annotated[Literal["learned", "always", "first", "never"],
                           "where rationales stand: as q learns, at every line, the first, none"] = "learned"
+    draws: Annotated[int, "versions from which `select` puts a program of the M-step together; 0: one, as it is"] = 4
+    tau: Annotated[float, "nats by which a piece must be better to be e times as likely (`select`)"] = 0.03
 
 
 # ------------------------------------------------------------------------------------------------ the update
@@ -380,6 +385,33 @@ def without_broken(trace: Trace) -> Trace:
     for token, kind, line, gate in zip(trace.tokens, trace.kind, trace.line, trace.gate):
         if line not in trace.broken or kind == ACTION:
             out.add([token], kind, line, gate)
+    return out
+
+
+@torch.no_grad()
+def select(pi: GPT, program: Program, versions: list[Trace], openers: Tensor, cfg: EStepConfig, seed) -> Trace:
+    """One trace of a program's versions and of the program without rationales: each piece where it pays most.
+
+    A piece begins where most versions think. It is taken from a version with probability ~ exp(reward / tau),
+    the reward being its lines' without the gate's KL (`elbo.line_rewards`). q writes before it sees the line
+    that it explains; here the line has its say, as in the posterior under which Theorem 3.1 is tight.
+    """
+    versions = [program.trace(), *versions]
+    batch, L = elbo.collate(versions, pi.device), len(program.lines)
+    _, token = elbo.score(elbo.logits_of(pi, batch), batch, openers)
+    loglik = elbo.by_line(elbo.log_pi(token, batch), batch, L)                                     # (K, L)
+    think, broken = decisions(versions, L, pi.device)
+    rewards = elbo.line_rewards(loglik, think, broken, loglik, think & False, c=cfg.c, beta=0.0, p_think=0.5,
+                                broken_cost=1e3, floor=cfg.floor)                                  # (K, L)
+    begins = [t for t in range(L) if t == 0 or think[:, t].float().mean() > 0.5]
+    rng, out = np.random.default_rng(seed), Trace()
+    out.add(program.prompt, PROMPT)
+    for begin, end in pairwise([*begins, L]):
+        odds = (rewards[:, begin:end].sum(1) / cfg.tau).softmax(0).double().cpu()                  # (K,)
+        chosen = versions[rng.choice(len(versions), p=(odds / odds.sum()).numpy())]
+        for token, kind, line, gate in zip(chosen.tokens, chosen.kind, chosen.line, chosen.gate):
+            if begin <= line < end:
+                out.add([token], kind, line, gate)
     return out
 
 

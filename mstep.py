@@ -34,7 +34,7 @@ from model import GPT, load_pretrained
 @dataclass
 class MStepConfig:
     """What the M-step can be told, with the reason for each default."""
-    m_steps: Annotated[int, "updates of the M-step, and of next-token prediction"] = 100
+    m_steps: Annotated[int, "updates of the M-step, and of next-token prediction"] = 60
     m_programs: Annotated[int, "programs per update of the M-step"] = 64
     m_lr: Annotated[float, "the M-step's learning rate; best for NTP of 1e-4, 3e-4, 1e-3"] = 3e-4
 

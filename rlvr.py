@@ -42,10 +42,10 @@ LOW, HIGH = 0.2, 0.28                   # how far below and above 1 the ratio st
 @dataclass
 class RLVRConfig:
     """What RLVR can be told, with the reason for each default."""
-    rl_steps: Annotated[int, "updates of GRPO, from each of the arms; 0: no RLVR"] = 20
+    rl_steps: Annotated[int, "updates of GRPO, from each of the arms; 0: no RLVR"] = 40
     rl_problems: Annotated[int, "problems per update of GRPO"] = 16
     rl_group: Annotated[int, "samples of each problem, whose mean reward is the baseline"] = 8
-    rl_lr: Annotated[float, "GRPO's learning rate; at 1e-4 the base learns faster, NTP falls apart"] = 3e-5
+    rl_lr: Annotated[float, "GRPO's learning rate; at 1e-4 the base learns faster, NTP falls apart"] = 1e-4
     max_new_tokens: Annotated[int, "longest sampled program in tokens; three commented loops take 180"] = 224
 
 

@@ -63,7 +63,7 @@ class RunConfig:
     data: Annotated[str, "experts' programs: world, benchmarks (leetcode:train), or a corpus"] = "world"
     column: Annotated[str, "the corpus column that holds the programs"] = "text"
     rounds: Annotated[int, "rounds of E-step and M-step, each on --experts programs of its own"] = 1
-    experts: Annotated[int, "expert programs; about three epochs of the M-step"] = 2048
+    experts: Annotated[int, "expert programs; about three epochs of the M-step"] = 1280
     warm_data: Annotated[str, "commented corpus to warm a cold base up on; stdlib: Python's own"] = ""
     warm_steps: Annotated[int, "updates of the warm-up, before everything else"] = 0
     benchmark: Annotated[str, "held-out problems: world, or benchmarks (humaneval,mbpp)"] = "world"
@@ -113,7 +113,7 @@ class Settings:
 
 
 # The least and the most of a flag. Others are at least 0, whole numbers at least 1.
-RANGES = dict.fromkeys(("seed", "e_steps", "m_steps", "rl_steps", "warm_steps"), (0, math.inf))
+RANGES = dict.fromkeys(("seed", "draws", "e_steps", "m_steps", "rl_steps", "warm_steps"), (0, math.inf))
 RANGES |= dict.fromkeys(("e_lr", "m_lr", "rl_lr", "gamma"), (0, 1))
 RANGES |= dict(p_think=(0.001, 0.999), explore=(0, 0.99))
 RANGES |= dict.fromkeys(("e_rollouts", "rl_group"), (2, math.inf))       # a baseline is the mean of others
@@ -215,11 +215,12 @@ def mid_train(run: "Run", data: "Data", model: str, name: str, m_steps: int, cfg
     for n in range(run.s.run.rounds):
         tag, experts = f".{n + 1}" if n else "", data.read_experts(n) if n else data.experts
         train, heldout = ([p.trace() for p in programs] for programs in (experts, data.heldout))
+        q = model
         if cfg and cfg.rationales != "never":
-            model = run.stage("estep" + tag, model, e_step, data, experts)
+            q = run.stage("estep" + tag, model, e_step, data, experts)
         if cfg and not run.done(f"cost/{name}{tag}"):          # a resumed run would only throw them away
-            train, heldout = infuse(run, model, data, experts, cfg, tag)
-        model = run.stage(name + tag, model, m_step, data, train, heldout, m_steps)
+            train, heldout = infuse(run, q, model, data, experts, cfg, tag)
+        model = run.stage(name + tag, q, m_step, data, train, heldout, m_steps)
     return model
 
 
@@ -237,19 +238,28 @@ def e_step(run: "Run", stage: str, q: GPT, data: "Data", experts: list[Program])
         run.log(phase=stage, step=step, **stats)
 
 
-def infuse(run: "Run", q: str, data: "Data", experts: list[Program], cfg, tag: str) -> tuple[list, list]:
-    """Traces of the experts' and the held-out programs, with rationales drawn from q that keep the format."""
-    model, cfg, drawn = run.load(q), dataclasses.replace(cfg, explore=0.0), []
+def infuse(run: "Run", q, pi, data: "Data", experts: list[Program], cfg, tag: str) -> tuple[list, list]:
+    """Traces of the experts' programs, with the rationales of q that pay by pi, and of the held-out programs,
+    as q draws them."""
+    model, pi, cfg = run.load(q), run.load(pi), dataclasses.replace(cfg, explore=0.0)
 
-    def draw() -> dict:
-        for what, programs in ("experts" + tag, experts), ("heldout", data.heldout):
-            numbers = run.mine(range(len(programs)))
-            mine, seeds = [programs[i] for i in numbers], [run.draw("infuse " + what, i) for i in numbers]
-            how = data.openers, cfg, run.s.run.sample_batch
-            drawn.append(estep.rollout(model, data.enc, mine, seeds, *how))
-        return mstep.total({"tokens": sum(map(estep.rollout_tokens, drawn[0]))})
-    if not run.once("cost/infuse" + tag, draw):
-        draw()                                       # again, of a run that was stopped since
+    def draw(what: str, programs: list[Program]) -> list[Trace]:
+        seeds = [run.draw("infuse " + what, i) for i in run.mine(range(len(programs)))]
+        how = data.openers, cfg, run.s.run.sample_batch
+        return estep.rollout(model, data.enc, run.mine(programs), seeds, *how)
+
+    def draw_experts() -> dict:
+        names = ["experts" + tag + (f" {k}" if k else "") for k in range(max(cfg.draws, 1))]
+        drawn = [draw(name, experts) for name in mstep.bar(names, "infuse")]
+        train.extend(drawn[0])
+        for n, i in enumerate(run.mine(range(len(experts))) if cfg.draws else ()):
+            versions, seed = [draw[n] for draw in drawn], run.draw("select" + tag, i)
+            train[n] = estep.select(pi, experts[i], versions, data.openers, cfg, seed)
+        return mstep.total({"tokens": sum(estep.rollout_tokens(t) for part in drawn for t in part)})
+    train: list[Trace] = []
+    if not run.once("cost/infuse" + tag, draw_experts):
+        draw_experts()                               # again, of a run that was stopped since
+    drawn = train, draw("heldout", data.heldout)
     train, heldout = (run.gather([estep.without_broken(t) for t in traces]) for traces in drawn)
     text = "".join(json.dumps(vars(trace) | {"broken": []}) + "\n" for trace in heldout)
     if run.rank == 0:
@@ -265,7 +275,7 @@ def m_step(run: "Run", stage: str, model: GPT, data: "Data", traces: list[Trace]
     def probe(step: int):
         curve = {"nll": mstep.action_nll(model, run.mine(heldout), data.openers, micro_batch)}
         if step % 50 == 0 or step == n:
-            curve["greedy"] = accuracy(run, model, data, CURVE_PROBLEMS)["pass@1"]
+            curve["greedy"] = accuracy(run, model, data, data.eval_problems[:CURVE_PROBLEMS])["pass@1"]
         run.log(phase=stage, step=step, **curve)
     for step in run.steps(stage, optimizer, n, run.s.m.m_lr, decay=0.9):
         if step % 25 == 0:
@@ -278,26 +288,26 @@ def m_step(run: "Run", stage: str, model: GPT, data: "Data", traces: list[Trace]
 
 
 def grpo(run: "Run", stage: str, model: GPT, data: "Data"):
-    """RLVR by GRPO, with the accuracy on held-out problems on the way."""
+    """RLVR by GRPO, with the scores on held-out problems on the way."""
     cfg = run.s.rl
     optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
     for step in run.steps(stage, optimizer, cfg.rl_steps, cfg.rl_lr, warmup=5):
-        if step % 5 == 0:
-            run.log(phase=stage, step=step, greedy=accuracy(run, model, data, CURVE_PROBLEMS)["pass@1"])
+        if step % 10 == 0:
+            run.log(phase=stage, step=step, **scores(run, model, data))
         picked, seeds = run.pick("rlvr", step, len(data.rl_problems), cfg.rl_problems, cfg.rl_group)
         problems = [data.rl_problems[i] for i in picked]
         stats = rlvr.rl_update(model, optimizer, data.enc, problems, seeds, data.box, cfg, **run.batches)
         run.log(phase=stage, step=step, **stats)
-    run.log(phase=stage, step=cfg.rl_steps, greedy=accuracy(run, model, data, CURVE_PROBLEMS)["pass@1"])
+    run.log(phase=stage, step=cfg.rl_steps, **scores(run, model, data))
 
 
-def accuracy(run: "Run", model: GPT, data: "Data", problems: int, samples: int = 1) -> dict[str, float]:
-    """Unbiased pass@k on the first held-out problems: one greedy sample, or several at temperature 1."""
-    numbers, batch = run.mine(range(min(problems, len(data.eval_problems)))), run.s.run.sample_batch
+def accuracy(run: "Run", model: GPT, data: "Data", problems: list, samples: int = 1) -> dict[str, float]:
+    """Unbiased pass@k on problems: one greedy sample of each, or several at temperature 1."""
+    numbers, batch = run.mine(range(len(problems))), run.s.run.sample_batch
     asked, passed = [(i, j) for i in numbers for j in range(samples)], []
     for part in mstep.bar(elbo.chunks(asked, 4 * batch), "evaluate"):    # a batch would wait for its longest
         seeds = [run.draw("eval", i, j) for i, j in part]
-        tries = [data.eval_problems[i] for i, _ in part]
+        tries = [problems[i] for i, _ in part]
         passed += bench.attempt(model, data.enc, tries, seeds, data.box, temperature=float(samples > 1),
                                 max_new_tokens=run.s.rl.max_new_tokens, batch_size=batch)[1]
     right = run.gather([sum(part) for part in elbo.chunks(passed, samples)])
@@ -305,11 +315,17 @@ def accuracy(run: "Run", model: GPT, data: "Data", problems: int, samples: int =
     return {f"pass@{k}": sum(p) / len(p) for k, p in chances.items()}
 
 
-def evaluate(run: "Run", name, data: "Data") -> dict[str, float]:
+def scores(run: "Run", model: GPT, data: "Data") -> dict[str, float]:
     """Greedy accuracy and, at temperature 1, pass@1 and pass@5 on all held-out problems."""
-    model, n = run.load(name), len(data.eval_problems)
-    greedy = accuracy(run, model, data, n)["pass@1"]
-    return dict(greedy=greedy, **accuracy(run, model, data, n, SAMPLES), problems=n)
+    problems, greedy = data.eval_problems, accuracy(run, model, data, data.eval_problems)["pass@1"]
+    return dict(greedy=greedy, **accuracy(run, model, data, problems, SAMPLES), problems=len(problems))
+
+
+def evaluate(run: "Run", name, data: "Data") -> dict[str, float]:
+    """A stage's scores; hard: pass@1 at temperature 1 on problems longer than any that it trained on."""
+    model = run.load(name)
+    hard = {"hard": accuracy(run, model, data, data.hard, SAMPLES)["pass@1"]} if data.hard else {}
+    return scores(run, model, data) | hard
 
 
 # -------------------------------------------------------------------------------------------------- the data
@@ -325,7 +341,9 @@ class Data:
         run, new, self.unfit = s.run, s.rl.max_new_tokens, s.unfit or {}
         long = f"its prompt leaves less than {new} of the {self.limit} tokens"
         self.eval_problems = self.read_problems(run.benchmark, run.eval_problems, "eval", seed=0)
-        for p in self.eval_problems:
+        world = run.benchmark == "world"
+        self.hard = self.read_problems("world", run.eval_problems, "hard", seed=0) if world else []
+        for p in self.eval_problems + self.hard:
             if not self.fits(p):
                 raise ValueError(f"{run.benchmark}: {p.id}: {long}; lower --max-new-tokens")
         problems = self.read_problems(run.rl_data, RL_POOL, "train", seed=1) if s.rl.rl_steps else []

@@ -1,6 +1,6 @@
 """The embedded world: programs without end that need no download, and that need a chain of thought.
 
-    python base/world.py [web|train|eval]          # print a few
+    python base/world.py [web|train|eval|hard]          # print a few
 
 A docstring lists steps, and the constants in it are not worked out:
 
@@ -16,8 +16,9 @@ A docstring lists steps, and the constants in it are not worked out:
 
 Constants are worked out from left to right, as on a pocket calculator, which is serial work: a small network
 that must write ` 7` at once often gets it wrong, one that writes `# 3 * 4 = 12 - 5 = 7` first seldom does.
-Experts' programs carry no comments. The "web" code that the base model learns from carries some, of mixed
-worth: worked out, half worked out, a mere name, chatter. Nobody tells the model which of them pay.
+Experts' programs carry no comments. The "web" code that the base model learns from carries some, above the
+step that they are about: worked out, half worked out, a mere name, or the chatter of careless programmers,
+whose next step is as often wrong as right. Nobody tells the model which of them pay.
 """
 import random
 import sys
@@ -47,19 +48,21 @@ CHATTER = ("todo: clean this up", "see the docs", "works for now",
 def rows(kind: str, n: int, seed: int, n_steps=(2, 3), n_terms=(5, 9)) -> Iterator[dict]:
     """Yields n different problems as dicts (id, prompt, solution, tests), the same for the same arguments.
 
-    kind: "web" (with comments; easier problems among them; no tests), "train" (experts' programs) or "eval"
-    (held out). n_steps, n_terms: the least and the most steps of a program and terms of a constant.
-    Raises ValueError for another kind.
+    kind: "web" (with comments; easier problems among them; no tests), "train" (experts' programs), "eval"
+    (held out) or "hard" (held out, and longer than any other). n_steps, n_terms: the least and the most steps
+    of a program and terms of a constant. Raises ValueError for another kind.
     """
-    if kind not in ("web", "train", "eval"):
-        raise ValueError(f"unknown kind of problem {kind!r}: expected 'web', 'train' or 'eval'")
+    if kind not in ("web", "train", "eval", "hard"):
+        raise ValueError(f"unknown kind of problem {kind!r}: expected 'web', 'train', 'eval' or 'hard'")
     if kind == "web":
         n_steps, n_terms = (1, n_steps[1]), (1, n_terms[1])
+    if kind == "hard":
+        n_steps, n_terms = (n_steps[1], n_steps[1] + 1), (n_terms[0] + 1, n_terms[1] + 2)
     seen, rng = set(), random.Random(f"{kind}-{seed}")
     while len(seen) < n:
         steps, end = draw_task(rng, n_steps, n_terms)
         task = "; ".join([*(step.text() for step in steps), end])
-        if task in seen or is_held_out(task) != (kind == "eval"):
+        if task in seen or is_held_out(task) != (kind in ("eval", "hard")):
             continue
         seen.add(task)
         solution = write_program(steps, end, rng if kind == "web" else None)
@@ -149,17 +152,17 @@ def draw_terms(rng: random.Random, count: int) -> tuple[tuple[str, int], ...]:
 def write_program(steps: list[Step], end: str, rng: random.Random | None = None) -> str:
     """The body of f, from its first decision point on.
 
-    With rng it is web code: half of the programs have comments, on 80% of their steps.
+    With rng it is web code: half of the programs have comments, above 80% of their steps.
     """
     commented = rng is not None and rng.random() < 0.5
     lines = []
     for step in steps:
         body = step.lines()
         if commented and rng.random() < 0.8:
-            # Mostly above the step, sometimes right at the line with the constant, indented like it.
-            at = 2 if len(body) > 1 and rng.random() < 0.3 else 0
-            indent = "    " * body[at].startswith(" ")
-            body.insert(at, f"{indent}# {draw_comment(rng, step)}")
+            comment = draw_comment(rng, step)
+            lines.append(f"# {comment}")
+            if comment in CHATTER and rng.random() < 0.5:
+                body = write_blunder(rng, step)
         lines += body
     lines.append(ENDS[end])
     body = "\n".join(f"    {line}" for line in lines) + "\n"
@@ -176,6 +179,16 @@ def draw_comment(rng: random.Random, step: Step) -> str:
     if r < 0.75:
         return rng.choice((step.kind, f"{step.kind} step", f"now {step.kind}"))
     return rng.choice(CHATTER)
+
+
+def write_blunder(rng: random.Random, step: Step) -> list[str]:
+    """The lines of a wrong step: its constant is off by 1 to 3, or it is another plain one."""
+    if not step.terms:
+        return Step(rng.choice([kind for kind in PLAIN if kind != step.kind])).lines()
+    right = step.values()[-1]
+    wrong = [n for n in range(right - 3, right + 4) if n != right and 0 <= n <= LIMIT]
+    n = rng.choice(wrong)
+    return [line.format(n=n) for line in LINES[step.kind]]
 
 
 def write_tests(steps: list[Step], end: str, rng: random.Random) -> tuple[str, ...]:
