@@ -66,7 +66,7 @@ class EStepConfig:
     max_comments: Annotated[int, "comment lines of a rationale; real code explains itself in blocks"] = 1
     rationales: Annotated[Literal["learned", "always", "first", "never"],
                           "where rationales stand: as q learns, at every line, the first, none"] = "learned"
-    draws: Annotated[int, "versions from which `select` puts a program of the M-step together; 0: one, as it is"] = 4
+    draws: Annotated[int, "versions that `select` makes a program of the M-step from; 0: one, as it is"] = 4
     tau: Annotated[float, "nats by which a piece must be better to be e times as likely (`select`)"] = 0.03
 
 
@@ -390,7 +390,7 @@ def without_broken(trace: Trace) -> Trace:
 
 @torch.no_grad()
 def select(pi: GPT, program: Program, versions: list[Trace], openers: Tensor, cfg: EStepConfig, seed) -> Trace:
-    """One trace of a program's versions and of the program without rationales: each piece where it pays most.
+    """One trace out of versions of a program and of the plain one: what pays, piece by piece.
 
     A piece begins where most versions think. It is taken from a version with probability ~ exp(reward / tau),
     the reward being its lines' without the gate's KL (`elbo.line_rewards`). q writes before it sees the line
