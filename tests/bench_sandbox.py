@@ -74,7 +74,7 @@ def bare_forks(count=200):
     if pid == 0:
         sandbox._warm_up()
         gc.freeze()
-        os._exit(0 if all(os.waitpid(sandbox.raw_fork() or os._exit(0), 0) for _ in range(count)) else 1)
+        os._exit(0 if all(os.waitpid(sandbox.fork_child(os._exit, 0), 0) for _ in range(count)) else 1)
     os.waitpid(pid, 0)
 
 
