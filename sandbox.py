@@ -39,7 +39,6 @@ import errno
 import functools
 import gc
 import importlib
-import io
 import itertools
 import json
 import linecache
@@ -171,8 +170,8 @@ class Sandbox(contextlib.AbstractContextManager):
     def iter(self, jobs: Iterable) -> Iterator[Verdict]:
         """Yields the verdicts of `jobs` in their order, each as soon as it and all before it are there.
 
-        Raises TypeError for a field that is wrong, InvalidJob (a ValueError) for tests that do not compile or
-        never call the candidate, RuntimeError if the sandbox is closed or busy.
+        Raises TypeError for what is no job or has no tests, InvalidJob (a ValueError) for tests that do not
+        compile or never call the candidate, RuntimeError if the sandbox is closed or busy.
         """
         if not self._workers or self._owner != os.getpid():
             raise RuntimeError("this Sandbox is closed (or of another process: open one per process)")
@@ -183,7 +182,8 @@ class Sandbox(contextlib.AbstractContextManager):
         try:
             while True:
                 for index, job in itertools.islice(todo, len(idle)):
-                    _check_fields(index, job)
+                    if not isinstance(job, (Check, Asserts, Stdio)) or not job[1]:
+                        raise TypeError(f"job {index} is no Check, Asserts or Stdio with tests: {job!r:.80}")
                     busy.append(idle.pop())
                     busy[-1].start(index, job._replace(timeout_s=job.timeout_s or self.timeout_s))
                 if not busy:
@@ -204,27 +204,6 @@ class Sandbox(contextlib.AbstractContextManager):
             self._running = False
             for worker in busy:        # left early: nobody waits for the answers that are still out
                 worker.close()
-
-
-# What the fields of a job must be, as `_shape` writes them. All others are strings.
-FIELDS = {"tests": r"\[s+\]", "cases": r"\[(\[ss\])+\]", "names": r"\[s*\]", "timeout_s": "[n-]"}
-
-
-def _shape(value):
-    if isinstance(value, (tuple, list)):
-        return f"[{''.join(map(_shape, value))}]"
-    if isinstance(value, (int, float)):
-        return "n" if 0 < value < 1e6 else "?"
-    return "s" if isinstance(value, str) else "-" if value is None else "?"
-
-
-def _check_fields(index, job):
-    """Raises TypeError, in one clear sentence, if the job cannot be judged."""
-    if not isinstance(job, (Check, Asserts, Stdio)):
-        raise TypeError(f"job {index} is a {type(job).__name__}: expected Check, Asserts or Stdio")
-    for name, value in job._asdict().items():
-        if not re.fullmatch(FIELDS.get(name, "s"), _shape(value)):
-            raise TypeError(f"job {index}: {type(job).__name__}.{name} cannot be {value!r:.80}")
 
 
 # As a module, because Python keeps the bytecode of modules: compiling this file takes longer than loading it.
@@ -252,19 +231,14 @@ class _Worker:
                 command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment, cwd="/",
                 start_new_session=True))
 
-    def fileno(self):
-        """For `wait`."""
+    def fileno(self):                  # for `wait`
         return self.channel.fileno()
 
-    def start(self, index, job):
-        self.index, self.job, self.tries = index, job, 0
-        self.send()
-
-    def send(self):
+    def start(self, index, job, tries=1):
+        self.index, self.job, self.tries = index, job, tries
         if self.process.poll() is not None:
             self.close()
             self.launch()
-        self.tries += 1
         with contextlib.suppress(OSError):     # if it dies, `finish` will see that
             _send(self.channel, self.job._asdict())
 
@@ -278,7 +252,7 @@ class _Worker:
                 kind, detail = "timeout", "a value that the program returned held the tests up"
                 seconds = self.job.timeout_s
             elif self.tries == 1:
-                return self.send()
+                return self.start(self.index, self.job, tries=2)
         tests = 1 if isinstance(self.job, Check) else len(self.job[1])
         return Verdict(kind == "passed", kind, passed, tests, seconds, detail)
 
@@ -315,30 +289,23 @@ def _view(items):
     return dict(enumerate(items)).values()
 
 
-# What travels as {tag: text or [item, ...]}: its types, and the ways there and back. Python caps decimal digits.
+# What travels as {tag: text or [item, ...]}: its types, and the ways there and back.
 PLAIN = {
     "tuple": (tuple, list, tuple),
     "dict": (dict, lambda value: [list(pair) for pair in value.items()], dict),
     "str": (str, str.__str__, str),
-    "int": (int, hex, lambda text: int(text, 16)),
+    "int": (int, hex, lambda text: int(text, 16)),     # Python caps decimal digits
     "float": (float, float.__repr__, float),
     "set": (set, list, set),
     "frozenset": (frozenset, list, frozenset),
     "complex": (complex, str, complex),
     "bytes": (bytes, bytes.hex, bytes.fromhex),
     "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
-    "type": (type, lambda value: value.__name__, lambda name: _builtin_type(name)),
     "iterator": (Iterator, lambda value: list(itertools.islice(value, MAX_ITEMS)), iter),
     "match": (re.Match, lambda value: [value[0], *value.groups()], _view),
     "listing": ((range, KeysView, ValuesView, ItemsView, collections.deque), list, _view),
 }
 VALUED = (tuple, enum.Enum)    # a record of such a class is made of its value, others of their fields
-
-
-def _builtin_type(name):
-    if name.startswith("_") or not isinstance(getattr(builtins, name), type):
-        raise ValueError(f"{name} is no builtin type")
-    return getattr(builtins, name)
 
 
 def pack(value, classes=()) -> dict:
@@ -360,10 +327,12 @@ def pack(value, classes=()) -> dict:
             return {"record": places[id(value)]}
         if isinstance(value, list):
             return [walk(item) for item in value]
+        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+            return {"type": value.__name__}
         if kind is functools.partial:          # a name of the program
             return {"name": value.args[0]}
         for tag, (kinds, unmake, _) in PLAIN.items():
-            if isinstance(value, kinds) and (tag != "type" or getattr(builtins, value.__name__, 0) is value):
+            if isinstance(value, kinds):
                 body = unmake(value)
                 return {tag: walk(body) if isinstance(body, list) else body}
         raise TypeError(f"{kind.__name__} is not a plain value")
@@ -400,6 +369,8 @@ def unpack(packed: dict, classes=None, find_name=None):
         ((tag, body),) = item.items()
         if tag == "record":
             return record(body)
+        if tag == "type" and not body.startswith("_") and isinstance(getattr(builtins, body), type):
+            return getattr(builtins, body)
         if tag == "name" and find_name is not None:
             return find_name(body)
         _, _, make = PLAIN[tag]
@@ -513,7 +484,7 @@ class _Tester:
         return self.ask(lambda: pack([args, kwargs], self.classes) | {"call": name})
 
     def ask(self, make_request, forgivable=True):
-        """Returns the candidate's value, or raises its exception if a test may expect that. All else is a fault."""
+        """The candidate's value; raises its exception if a test may expect that. All else is a fault."""
         ticket = os.urandom(8).hex()   # nobody can have answered before having read it
         try:
             _send(self.candidate, make_request() | {"ticket": ticket})
@@ -881,9 +852,7 @@ def _serve_calls(channel, request):
 def _run_script(channel, request):
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.modules["__main__"].__file__ = "/program.py"
-    real_open, real_size, devices = open, threading.stack_size, {"/dev/stdin": 0, "/dev/stdout": 1}
-    builtins.open = io.open = lambda file, *rest, **named: real_open(devices.get(file, file), *rest, **named)
-    # What contestants do for deep recursion: as much as the memory allows.
+    real_size = threading.stack_size   # contestants ask for a deep stack: they get what the memory allows
     threading.stack_size = lambda size=0: real_size(min(size, 128 << 20))
     resource.setrlimit = lambda *limits: None
     code = error = None
@@ -965,11 +934,11 @@ def build_filter(machine: str) -> bytes:
 
 def main():
     """Shows what becomes of four programs for one task."""
-    test = "def check(candidate):\n    assert candidate([3, 1, 2]) == [1, 2, 3]\n    assert candidate([]) == []"
+    test = "def check(candidate):\n    assert candidate([3, 1, 2]) == [1, 2, 3]"
     programs = {
         "honest": "def order(items):\n    return sorted(items)",
         "wrong": "def order(items):\n    return items",
-        "cheating": "class Yes(list):\n    def __eq__(self, other): return True\ndef order(items): return Yes()",
+        "cheating": "class Yes(list):\n    def __eq__(self, other): return True\norder = Yes",
         "endless": "def order(items):\n    while True: pass",
     }
     print(f"The test, which no program sees:\n\n{test}\n")

@@ -1,6 +1,7 @@
 """The sandbox as a library: kinds of job, verdicts, values that travel, bad input, and crashes of our own side."""
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -106,6 +107,46 @@ def check(candidate):
         assert verdict_of(sandbox, source, test, "f", prelude, kind=Check).passed
 
 
+KINDS = """
+from enum import Enum
+from typing import NamedTuple
+class Color(Enum):
+    RED = 1
+    BLUE = "b"
+class Point(NamedTuple):
+    x: int
+    color: Color
+class Slots:
+    __slots__ = ("value", "unset")
+    def __init__(self, value): self.value = value
+"""
+
+
+def test_enums_named_tuples_and_slots_of_the_prompt_travel_as_what_they_are(sandbox):
+    source = "def f(x): return [x, Color.RED, Point(1, Color.BLUE), Slots([x])]"
+    test = """
+def check(candidate):
+    x, color, point, slots = candidate(Color.BLUE)
+    assert x is Color.BLUE and color is Color.RED and type(slots) is Slots
+    assert type(point) is Point and point.color is Color.BLUE and point == (1, Color.BLUE)
+    assert slots.value == [x] and not hasattr(slots, "unset")
+"""
+    assert verdict_of(sandbox, source, test, "f", KINDS, kind=Check).passed
+    for wrong in ("Color.BLUE", "1", "'RED'"):
+        assert verdict_of(sandbox, source.replace("Color.RED", wrong), test, "f", KINDS, kind=Check).kind == "wrong answer"
+
+
+def test_no_answer_changes_what_an_enum_is():
+    """Its members are shared by all that the tests compare."""
+    space = {"__name__": "tests"}
+    exec(KINDS, space)
+    member = space["Color"].RED
+    for body in ({"_value_": 2}, {"tuple": [1]}, {"x": 1}):
+        with contextlib.suppress(Exception):
+            unpack({"value": {"record": 0}, "records": [["Color", body]]}, space)
+        assert member.value == 1 and not hasattr(member, "tuple") and not hasattr(member, "x")
+
+
 def test_a_match_travels_as_its_groups(sandbox):
     source = "import re\ndef f(text): return re.search('(a)(b)?c', text)"
     tests = ("assert f('xac') and f('xac') is not None", "assert not f('b') and f('b') is None", "assert list(f('xac')) == ['ac', 'a', None]")
@@ -152,6 +193,9 @@ def test_expected_exceptions(sandbox):
     assert verdict_of(sandbox, "def f(x): raise KeyError('negative')", key, "f", kind=Check).passed
     assert verdict_of(sandbox, "def f(x): raise KeyError('negative')", test, "f", kind=Check).kind == "exception"
     assert verdict_of(sandbox, "def f(x): return 1", test, "f", kind=Check).kind == "wrong answer"
+    both = test.replace("'negative' in str(error)", "error.args == ('negative', [x for x in range(-1, 0)])")
+    assert verdict_of(sandbox, "def f(x): raise ValueError('negative', [x])", both, "f", kind=Check).passed
+    assert verdict_of(sandbox, "def f(x): raise ValueError('negative', x)", both, "f", kind=Check).kind == "wrong answer"
 
 
 @pytest.mark.parametrize("source", [
@@ -235,7 +279,7 @@ def f(n):
     "import sys\nprint(3)\nsys.stdout = None",
     "import io, os\nclass Late(io.IOBase):\n    def flush(self): os.write(1, b'3\\n')\nlate = Late()",
     "try: open('input.txt')\nexcept FileNotFoundError: print(3)",
-    "assert open('/dev/stdin').read() == '' and __file__\nopen('/dev/stdout', 'w').write('3\\n')",
+    "assert open(0).read() == '' and __file__\nprint(3)",
     "import resource, sys, threading\nresource.setrlimit(resource.RLIMIT_STACK, (-1, -1))\nsys.setrecursionlimit(10**6)\n"
     "threading.stack_size(2**29)\ndef deep(n): return n and deep(n - 1)\nthreading.Thread(target=lambda: print(3 + deep(20000))).start()",
     "import sys\nclass Tee:\n    def write(self, text): sys.__stdout__.write(text)\n    def flush(self): pass\nsys.stdout = Tee()\nprint(3)",
@@ -309,7 +353,6 @@ def test_details_can_be_printed(sandbox):
 
 
 def test_subclasses_become_plain_values():
-    import collections
     import enum
 
     class Text(str):
@@ -344,12 +387,10 @@ def test_a_bad_setting_gets_one_sentence(fields, message):
 
 
 @pytest.mark.parametrize("job, error, message", [
-    ("source", TypeError, "job 1 is a str"),
-    (Asserts(None, ("assert f()",)), TypeError, "job 1: Asserts.source cannot be None"),
-    (Asserts("x = 1", "assert f()"), TypeError, "Asserts.tests cannot be"),
-    (Stdio("x = 1", (("1", 2),)), TypeError, "Stdio.cases cannot be"),
-    (Stdio("x = 1", ()), TypeError, r"Stdio.cases cannot be \(\)"),      # every program would pass
-    (Asserts("x = 1", ()), TypeError, r"Asserts.tests cannot be \(\)"),
+    ("source", TypeError, "job 1 is no Check, Asserts or Stdio with tests: 'source'"),
+    (Stdio("x = 1", ()), TypeError, "job 1 is no Check, Asserts or Stdio with tests"),      # every program would pass
+    (Asserts("x = 1", ()), TypeError, "job 1 is no"),
+    (Asserts("x = 1", "assert f()"), ValueError, "job 1: its tests never call"),
     (Asserts("x = 1", ("assert (",)), ValueError, "job 1: its tests fail before they call the candidate: SyntaxError"),
     (Check("x = 1", "import not_there", "f"), ValueError, "No module named 'not_there'"),
     (Check("x = 1", "def chekc(candidate): pass", "f"), ValueError, "NameError: name 'check'"),
@@ -357,7 +398,6 @@ def test_a_bad_setting_gets_one_sentence(fields, message):
     (Check("def f(): pass", "async def check(candidate): assert candidate()", "f"), ValueError, "never call"),
     (Check("def f(): pass", "def check(candidate): yield candidate()", "f"), ValueError, "never call"),
     (Asserts("x = 1", ("assert pow(2, 3) == 8",)), ValueError, "never call"),
-    (Asserts("x = 1", ("assert f()",), timeout_s=0), TypeError, "Asserts.timeout_s cannot be 0"),
 ])
 def test_a_bad_job_gets_one_sentence(sandbox, job, error, message):
     with pytest.raises(error, match=message):
