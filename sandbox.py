@@ -407,26 +407,27 @@ class _Tester:
 
     def serve(self):
         while True:
-            job = _receive(self.trainer)
+            job, began = _receive(self.trainer), time.process_time()
             self.passed, self.calls, self.seconds, self.fault, self.raised = 0, 0, 0.0, None, None
             kind, detail = self.run_cases(job) if "cases" in job else self.run_tests(job)
-            _send(self.trainer, (kind, detail, self.passed, self.seconds))
+            seconds = self.seconds + time.process_time() - began
+            _send(self.trainer, (kind, detail, self.passed, seconds))
 
-    def order(self, limit_s=0.0, fds=()):
-        """Has the zygote end the candidate: (kind, detail) of its end; the kind of a good end is "". Given
-        descriptors it starts another, given a limit it watches the CPU seconds from now on."""
-        try:
-            socket.send_fds(self.zygote, [struct.pack("d", limit_s)], fds)
-            kind, detail, seconds = json.loads(self.zygote.recv(1024))
-        except (OSError, ValueError):
-            os._exit(1)                # no zygote, no work: the trainer starts another worker
-        self.seconds += seconds
-        return kind, detail
+    def order(self, limit_s, fds=()):
+        """Has the zygote watch the CPU seconds from now on and, given descriptors, start a candidate."""
+        socket.send_fds(self.zygote, [struct.pack("d", limit_s)], fds)
 
     def start_candidate(self, limit_s, files=()):
         self.candidate, theirs = Pipe()
         with theirs:
             self.order(limit_s, [theirs.fileno(), *files])
+
+    def end_candidate(self):
+        """(kind, detail) of its end; the kind of a good end is ""."""
+        self.order(0.0)
+        kind, detail, seconds = json.loads(self.zygote.recv(1024))
+        self.seconds += seconds
+        return kind, detail
 
     def run_tests(self, job):
         """(kind, detail) of a Check or Asserts."""
@@ -439,7 +440,7 @@ class _Tester:
             kind, detail = self.fault
         sys.setrecursionlimit(depth)   # a prelude may raise it, for the program
         space.clear()                  # functions hold their namespace, and so each other
-        ended, how = self.order()
+        ended, how = self.end_candidate()
         if ended in ("timeout", "flood"):
             return ended, how
         if self.fault == ENDED:
@@ -537,7 +538,7 @@ class _Tester:
                 pass                   # the usual end
             except Exception:
                 told, text = "protocol", ["the program wrote to the sandbox's own channel"]
-            kind, detail = self.order()
+            kind, detail = self.end_candidate()
             stdout.seek(0)
             printed = stdout.read()
         if len(printed) >= MAX_MESSAGE:
@@ -705,7 +706,6 @@ class _Zygote:
             self.memory_bytes = int(file.read().split()[0]) * resource.getpagesize() + (memory_mb << 20)
 
     def serve(self):
-        self.start = self.clocks()
         while True:
             pause = LOOK_S if self.limit_s else None
             ready, _, _ = select.select([self.orders, self.trainer], [], [], pause)
@@ -718,15 +718,15 @@ class _Zygote:
 
     def obey(self):
         message, fds, _, _ = socket.recv_fds(self.orders, 64, 3)
-        seconds = self.clocks()[0] - self.start[0]
-        end = self.end_candidate()
         [self.limit_s] = struct.unpack("d", message)
-        self.fault, self.start = None, self.clocks()
         if fds:
             self.candidate = fork_child(_run_candidate, fds, self.memory_bytes, self.seccomp)
         for fd in fds:
             os.close(fd)
-        self.orders.send(json.dumps([*end, seconds]).encode())
+        if self.limit_s:
+            self.fault, self.start = None, self.clocks()
+        else:
+            self.orders.send(json.dumps(self.end_candidate()).encode())
 
     def clocks(self):
         """Seconds of CPU, and of wall time without those that the first threads waited for a core."""
@@ -752,20 +752,18 @@ class _Zygote:
             os.kill(self.candidate, signal.SIGKILL)
 
     def end_candidate(self):
-        """Kills it if it lives. (kind, detail) of its end; the kind of a good end is ""."""
-        pid, self.candidate = self.candidate, 0
-        if not pid:
-            return "", ""
-        os.kill(pid, signal.SIGKILL)
-        _, status, usage = os.wait4(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if self.fault:
-            return self.fault
-        if code >= 0:
-            return "exception" if code else "", f"the process ended with exit status {code}"
-        kind = "forbidden call" if code == -signal.SIGSYS else "crash"
-        name, peak_mb = signal.Signals(-code).name, usage.ru_maxrss >> 10
-        return kind, f"the process was killed by {name}, using {peak_mb} MB"
+        """Kills it if it lives. (kind, detail, CPU seconds) of its end; the kind of a good end is ""."""
+        if not self.candidate:
+            return "", "", 0.0
+        os.kill(self.candidate, signal.SIGKILL)
+        _, status, usage = os.wait4(self.candidate, 0)
+        self.candidate, code = 0, os.waitstatus_to_exitcode(status)
+        kind, detail = "exception" if code else "", f"the process ended with exit status {code}"
+        if code < 0:
+            kind = "forbidden call" if code == -signal.SIGSYS else "crash"
+            name, peak_mb = signal.Signals(-code).name, usage.ru_maxrss >> 10
+            detail = f"the process was killed by {name}, using {peak_mb} MB"
+        return *(self.fault or (kind, detail)), usage.ru_utime + usage.ru_stime
 
 
 # ---- The candidate ----
