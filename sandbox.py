@@ -625,13 +625,13 @@ libc = ctypes.PyDLL(None)
 # What a program may import, with all that these import, as no file can be opened later; what is not installed
 # is passed over. numpy and sortedcontainers: judges have them.
 MODULES = """
-    argparse array asyncio base64 bisect calendar cmath codecs colorsys contextvars copy csv dataclasses
-    datetime decimal difflib doctest fileinput gzip lzma encodings.ascii encodings.cp1252 encodings.cp437
+    argparse array asyncio base64 bisect calendar cmath codecs colorsys concurrent.futures.thread contextvars
+    copy csv dataclasses datetime decimal difflib doctest encodings.ascii encodings.cp1252 encodings.cp437
     encodings.hex_codec encodings.idna encodings.latin_1 encodings.punycode encodings.raw_unicode_escape
     encodings.rot_13 encodings.unicode_escape encodings.utf_16 encodings.utf_32 encodings.utf_8_sig
-    fractions glob graphlib hashlib heapq hmac html ipaddress locale mmap numpy pathlib pickle platform
-    pprint queue secrets shlex sortedcontainers statistics string tempfile textwrap timeit unittest.mock
-    urllib.parse uuid zlib __future__ _colorize _strptime
+    fileinput fractions glob graphlib gzip hashlib heapq hmac html ipaddress locale lzma mmap numpy pathlib
+    pickle platform pprint queue secrets shlex sortedcontainers statistics string tempfile textwrap timeit
+    unittest.mock urllib.parse uuid zlib __future__ _colorize _strptime
 """.split()
 
 
