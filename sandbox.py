@@ -5,28 +5,27 @@
         [verdict] = sandbox.run([Asserts("def add(a, b): return a + b", ("assert add(1, 2) == 3",))])
     print(verdict.passed, verdict.kind, verdict.detail)
 
-Linux on x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install. The processes:
+Linux on x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install; `python sandbox.py` shows it
+at work. The processes:
 
-    trainer ---socket---> zygote: Python with its modules, and no secrets; one for each worker
-    your process             |---fork---> tester: trusted; runs the tests, holds the expected values
-                             |              | socket
-                             |---fork---> candidate: one for each program. It reads the source, and answers
-                                          calls "name(arguments)" with values; it never sees a test
+    trainer ---socket---> tester: Python with its modules, and no secrets of yours; one for each worker. It
+    your process            |     runs the tests, and holds the expected values
+                            |---fork---> zygote, before any test is read: forks the candidates, watches all
+                                            |     clocks
+                                            |---fork---> candidate: one for each program. It answers the calls
+                                                         of the tester, "name(arguments)", with values
 
 A test-executed reward is as good as its harness: reinforcement learning finds every hole. The decisions:
 
-1. Tests and program never share a process. `candidate` in a test sends its arguments and reads a value back:
-   what a program could read, patch or skip is not there. Values travel as tagged JSON of plain types, no
-   pickle. An object that would lie in `__eq__` arrives as the plain value that it holds, or not at all.
-2. A fault (death, timeout, flood, broken protocol) ends the tester on the spot, its verdict sent: a test with
-   a bare `except` cannot forgive it. Without a fault the tester goes on to the next job.
+1. Tests and program never share a process: what a program could read, patch or skip is not there. Values
+   travel as tagged JSON of plain types: an object that lies in `__eq__` arrives as the plain value in it.
+2. A fault (death, timeout, flood, broken protocol) is the verdict: no bare `except` in a test can forgive it.
 3. The candidate can only compute: a seccomp-BPF allowlist refuses every other system call (files, sockets,
    processes, signals). It is installed before the source is read; without seccomp nothing runs.
-4. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. The zygote is no fork of the
+4. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. The tester is no fork of the
    trainer: that would copy the page tables of gigabytes, and share secrets.
-5. A limit is CPU time, of program and tests. Four times that in wall time ends those who sleep.
-6. The trainer believes only the tester, and does not wait for it: a legal but nasty value (`10**12` in a test
-   that counts up to it) can hold it up, and then it is killed.
+5. A limit is CPU time, of program and tests. Four times that in wall time ends those who sleep. A tester that
+   a legal but nasty value holds up (`10**12` in a test that counts up to it) is killed too.
 """
 
 import ast
@@ -35,13 +34,14 @@ import builtins
 import collections
 import contextlib
 import ctypes
+import enum
 import errno
 import functools
 import gc
 import importlib
-import io
 import itertools
 import json
+import linecache
 import math
 import os
 import random
@@ -54,26 +54,23 @@ import struct
 import subprocess
 import symtable
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import types
 import warnings
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import NamedTuple
 
 MAX_MESSAGE = 16 << 20        # bytes of one value, or of one program's output; more is a "flood"
 MAX_ITEMS = 1 << 20           # of an iterator that a program returns: it may have no end
-START_S = 60.0                # seconds that a worker may take to start, or to compile the tests of a job
+MAX_THREADS = 256             # of a program; more is a "flood" too
 TESTER_MB = 4096              # address space of the tests
-RETIRE_MB = 250               # a tester that has held more than this is replaced after the job
+PREPARE_S = 60.0              # CPU seconds that the tests of a job may take before they need the program
 WALL_FACTOR = 4               # times its timeout_s in wall time ends a program that sleeps
-ALARM_S = 0.02                # between two looks at a program that runs
-MAX_THREADS = 256             # of a program, at such a look; more is a "flood" too
-GRACE_S = 2.0                 # seconds that a tester may be late after that before it is killed
+LOOK_S = 0.02                 # between two looks at a program that runs
+GRACE_S = 2.0                 # seconds after the end of its program in which a tester has to give its verdict
 
 
 # ---- The public face: three kinds of job, one kind of verdict ----
@@ -103,7 +100,7 @@ class Asserts(NamedTuple):
 class Stdio(NamedTuple):
     """A program from stdin to stdout: LiveCodeBench, Codeforces. One process per case, up to a failure."""
     source: str                        # untrusted
-    cases: tuple[tuple[str, str], ...]    # pairs (stdin, expected stdout): see `same_output`
+    cases: tuple[tuple[str, str], ...]    # pairs (stdin, expected stdout): see `first_difference`
     prelude: str = ""                  # trusted, not secret (imports): runs before `source`, in its namespace
     timeout_s: float | None = None     # CPU seconds of each case; None: the sandbox's own
 
@@ -112,7 +109,7 @@ class Verdict(NamedTuple):
     """kind: "passed", "wrong answer", "exception", "timeout", "memory", "syntax", "crash" (the process died),
     "flood" (too much output, too many threads), "protocol" (no valid answer to a call) or "forbidden call" (a
     system call was refused, and it mattered). tests_passed of tests: statements of Asserts, cases of Stdio; a
-    Check is one. seconds: wall time."""
+    Check is one. seconds: of CPU, of program and tests, as `timeout_s` counts them."""
     passed: bool
     kind: str
     tests_passed: int
@@ -144,16 +141,17 @@ class Sandbox(contextlib.AbstractContextManager):
         if workers is None:
             workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         for name, value in {"workers": workers, "memory_mb": memory_mb, "timeout_s": timeout_s}.items():
-            good = isinstance(value, int) or (name == "timeout_s" and isinstance(value, float))
-            if not good or isinstance(value, bool) or not 0 < value < 1e6:
+            kinds = (int, float) if name == "timeout_s" else int
+            if not isinstance(value, kinds) or not 0 < value < 1e6:
                 raise ValueError(f"Sandbox: {name} must be a positive number, not {value!r}")
-        self.timeout_s = timeout_s
-        self._owner = os.getpid()
-        self._lock = threading.Lock()
-        self._leaving = False          # whether the answers that are still out have become pointless
-        self._threads = ThreadPoolExecutor(workers)    # one for each worker: it waits for what that says
-        self._workers = list(self._threads.map(_Worker, [memory_mb] * workers))
-        self._idle = list(self._workers)
+        self.timeout_s, self._owner, self._running = timeout_s, os.getpid(), False
+        self._workers = [_Worker(memory_mb) for _ in range(workers)]
+        source = "import os\ndef probe():\n try: os.chdir('/')\n except PermissionError: return 'locked'"
+        probe = Asserts(source, ("assert probe() == 'locked'",), timeout_s=PREPARE_S)
+        for verdict in self.run([probe] * workers):
+            if not verdict.passed:
+                self.close()
+                raise RuntimeError(f"the sandbox cannot work here: {verdict.kind}: {verdict.detail}")
 
     def __exit__(self, *error):
         self.close()
@@ -162,10 +160,8 @@ class Sandbox(contextlib.AbstractContextManager):
         """Ends every process of this sandbox. May be called twice."""
         workers, self._workers = self._workers, []
         if self._owner == os.getpid():
-            self._leaving = True
             for worker in workers:
                 worker.close()
-            self._threads.shutdown()
 
     def run(self, jobs: Iterable) -> list[Verdict]:
         """The verdicts of `jobs`, in their order. Raises what `iter` raises."""
@@ -174,182 +170,142 @@ class Sandbox(contextlib.AbstractContextManager):
     def iter(self, jobs: Iterable) -> Iterator[Verdict]:
         """Yields the verdicts of `jobs` in their order, each as soon as it and all before it are there.
 
-        Raises TypeError or ValueError for a job that cannot be judged: a field of the wrong type, tests that
-        do not compile or never call the candidate (InvalidJob); RuntimeError if it is closed or busy.
+        Raises TypeError for what is no job or has no tests, InvalidJob (a ValueError) for tests that do not
+        compile or never call the candidate, RuntimeError if the sandbox is closed or busy.
         """
         if not self._workers or self._owner != os.getpid():
             raise RuntimeError("this Sandbox is closed (or of another process: open one per process)")
-        if not self._lock.acquire(blocking=False):
+        if self._running:
             raise RuntimeError("this Sandbox is already running jobs: use one per thread")
-        self._leaving, futures = False, collections.deque()
+        self._running, idle, busy = True, list(self._workers), []
+        todo, place, verdicts = enumerate(jobs), 0, {}     # the next to yield; those that came before it
         try:
-            for index, job in enumerate(jobs):
-                _check_fields(index, job)
-                futures.append(self._threads.submit(self._judge, index, job))
-                # One more than there are workers, so that none is idle. The first may take longer than many.
-                while sum(not future.done() for future in futures) > len(self._workers):
-                    wait([future for future in futures if not future.done()], return_when=FIRST_COMPLETED)
-                while futures and futures[0].done():
-                    yield futures.popleft().result()
-            while futures:
-                yield futures.popleft().result()
+            while True:
+                for index, job in itertools.islice(todo, len(idle)):
+                    if not isinstance(job, (Check, Asserts, Stdio)) or not job[1]:
+                        raise TypeError(f"job {index} is no Check, Asserts or Stdio with tests: {job!r:.80}")
+                    busy.append(idle.pop())
+                    busy[-1].start(index, job._replace(timeout_s=job.timeout_s or self.timeout_s))
+                if not busy:
+                    return
+                for worker in wait(busy):
+                    verdict = worker.finish()
+                    if verdict is not None:
+                        verdicts[worker.index] = verdict
+                        busy.remove(worker)
+                        idle.append(worker)
+                while place in verdicts:
+                    verdict = verdicts.pop(place)
+                    if verdict.kind == "invalid":
+                        raise InvalidJob(verdict.detail, place)
+                    yield verdict
+                    place += 1
         finally:
-            self._leaving = True       # left early: nobody waits for the answers that are still out
-            for future in futures:
-                future.cancel()
-            while wait(futures, 0.05).not_done:
-                for worker in self._workers:
-                    worker.end_tester()
-            self._lock.release()
-
-    def _judge(self, index, job) -> Verdict:
-        started, worker = time.monotonic(), self._idle.pop()
-        job = job._replace(timeout_s=job.timeout_s or self.timeout_s)
-        kind, detail, passed = "crash", "the worker died twice on this job", 0
-        try:
-            for _ in range(2):
-                try:
-                    kind, detail, passed = worker.judge(job)
-                    break
-                except (EOFError, OSError):
-                    if not self._leaving:
-                        worker.restart()
-        finally:
-            self._idle.append(worker)
-        if kind == "invalid":
-            raise InvalidJob(detail, index)
-        seconds = time.monotonic() - started
-        return Verdict(kind == "passed", kind, passed, _count_tests(job), seconds, detail)
-
-
-def _count_tests(job):
-    return 1 if isinstance(job, Check) else len(job.tests if isinstance(job, Asserts) else job.cases)
-
-
-def _check_fields(index, job):
-    """Raises TypeError or ValueError, in one clear sentence, if the job cannot be judged."""
-    if not isinstance(job, (Check, Asserts, Stdio)):
-        raise TypeError(f"job {index} is a {type(job).__name__}: expected Check, Asserts or Stdio")
-    for name, value in job._asdict().items():
-        if not _is_good(name, value):
-            raise TypeError(f"job {index}: {type(job).__name__}.{name} cannot be {value!r:.80}")
-    if _count_tests(job) == 0:
-        raise ValueError(f"job {index} has no tests: every program would pass")
-
-
-def _is_good(name, value):
-    if name == "timeout_s":
-        return value is None or (isinstance(value, (int, float)) and 0 < value < 1e6)
-    if name not in ("tests", "names", "cases", "case"):
-        return isinstance(value, str)
-    part = "case" if name == "cases" else "text"
-    good = isinstance(value, (tuple, list)) and all(_is_good(part, item) for item in value)
-    return good and (name != "case" or len(value) == 2)
+            self._running = False
+            for worker in busy:        # left early: nobody waits for the answers that are still out
+                worker.close()
 
 
 # As a module, because Python keeps the bytecode of modules: compiling this file takes longer than loading it.
-_START_ZYGOTE = """import sys, importlib.machinery
-importlib.machinery.SourceFileLoader("sandbox", sys.argv[1]).load_module()._zygote_main(*sys.argv[2:])"""
+_START_TESTER = """import sys, importlib.machinery
+importlib.machinery.SourceFileLoader("sandbox", sys.argv[1]).load_module()._tester_main(*sys.argv[2:])"""
 
 
 class _Worker:
-    """The trainer's end of one zygote and its tester."""
+    """The trainer's end of one tester."""
 
     def __init__(self, memory_mb):
         self.memory_mb = memory_mb
-        self.start()
+        self.launch()
 
-    def start(self):
-        """Raises RuntimeError unless a program can run, and a file is out of its reach."""
-        self.tester = None             # the channel to it; there is none before the first job
-        # Packets, so that one message never runs into the next.
-        self.zygote, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def launch(self):
         paths = [path for path in sys.path if os.path.isabs(path) and os.path.isdir(path)]
         # Some Pythons do not start without LD_LIBRARY_PATH. Threads: glibc reserves 64 MB for each otherwise.
         environment = {key: os.environ[key] for key in ["LD_LIBRARY_PATH"] if key in os.environ}
         environment |= {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-        command = [sys.executable, "-I", "-S", "-c", _START_ZYGOTE, os.path.abspath(__file__)]
+        command = [sys.executable, "-I", "-S", "-c", _START_TESTER, os.path.abspath(__file__)]
         command += [str(os.getpid()), str(self.memory_mb), *paths]
+        self.channel, theirs = Pipe()
         with theirs:
-            self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, env=environment,
-                                            cwd="/", start_new_session=True)
-        source = "import os\ndef probe():\n try: os.chdir('/')\n except PermissionError: return 'locked'"
-        probe = Asserts(source, ("assert probe() == 'locked'",), "", ("probe",), START_S)
-        try:
-            kind, detail, _ = self.judge(probe)
-        except (EOFError, OSError):
-            raise RuntimeError("the sandbox's worker did not start: its own error is on stderr") from None
-        if kind != "passed":
-            raise RuntimeError(f"the sandbox cannot work here: {kind}: {detail}")
+            self.process = _patiently(lambda: subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment, cwd="/",
+                start_new_session=True))
 
-    def judge(self, job):
-        """(kind, detail, tests passed). Raises EOFError or OSError if a process of ours has died."""
-        answer, seconds = {}, START_S
-        try:
-            if self.tester is None:
-                self.tester, theirs = Pipe()
-                with theirs:
-                    socket.send_fds(self.zygote, [b"start"], [theirs.fileno()])
-            _send(self.tester, job._asdict())
-            while "verdict" not in answer:
-                if not self.tester.poll(seconds):
-                    return "timeout", "a value that the program returned held the tests up", 0
-                # The first comes when the tests are compiled; then one a second, if nothing holds them up.
-                answer = _receive(self.tester)
-                seconds = WALL_FACTOR * job.timeout_s + GRACE_S
-            return answer["verdict"]
-        finally:
-            if answer.get("last", True):
-                self.end_tester()
-                self.tester = None
+    def fileno(self):                  # for `wait`
+        return self.channel.fileno()
 
-    def end_tester(self):
-        with contextlib.suppress(OSError):     # a zygote that has died has no tester
-            self.zygote.send(b"end")
-
-    def restart(self):
-        for pause in (0, 0.2, 1, 3, 9):        # programs may have used up the processes that there can be
-            time.sleep(pause)
+    def start(self, index, job, tries=1):
+        self.index, self.job, self.tries = index, job, tries
+        if self.process.poll() is not None:
             self.close()
-            try:
-                return self.start()
-            except (OSError, RuntimeError) as error:
-                failure = error
-        raise RuntimeError(f"the sandbox lost a worker process and cannot start another: {failure}")
+            self.launch()
+        with contextlib.suppress(OSError):     # if it dies, `finish` will see that
+            _send(self.channel, self.job._asdict())
+
+    def finish(self) -> Verdict | None:
+        """The verdict, when there is something to be read; None if the job has to be tried again."""
+        kind, detail, passed, seconds = "crash", "the worker died twice on this job", 0, 0.0
+        try:
+            kind, detail, passed, seconds = _receive(self.channel)
+        except (EOFError, OSError):
+            if self.process.wait() == -signal.SIGALRM:     # the zygote's doing
+                kind, detail = "timeout", "a value that the program returned held the tests up"
+                seconds = self.job.timeout_s
+            elif self.tries == 1:
+                return self.start(self.index, self.job, tries=2)
+        tests = 1 if isinstance(self.job, Check) else len(self.job[1])
+        return Verdict(kind == "passed", kind, passed, tests, seconds, detail)
 
     def close(self):
-        """Ends the zygote; the kernel ends its children."""
-        self.tester = None
-        self.zygote.close()
+        """Ends the tester; the kernel ends its children."""
+        self.channel.close()
         self.process.kill()
         self.process.wait()
 
 
+def _patiently(act):
+    """What `act()` returns. It is tried for some seconds: programs may have used up all processes."""
+    for pause in (0.1, 0.3, 1, 3, 9):
+        with contextlib.suppress(BlockingIOError):
+            return act()
+        time.sleep(pause)
+    return act()
+
+
 # ---- Messages and values ----
 
-def _send(channel: Connection, message: dict):
+def _send(channel: Connection, message):
     channel.send_bytes(json.dumps(message).encode())
 
 
-def _receive(channel: Connection, limit=None) -> dict:
+def _receive(channel: Connection, limit=None):
     """Raises EOFError or ConnectionError at the end, OSError for a message above `limit` bytes, ValueError or
     RecursionError if it is not JSON."""
     return json.loads(channel.recv_bytes(limit))
 
 
-# Types whose values travel as {tag: text}: type, way there, way back. Hex, as Python caps decimal digits.
-TEXTS = {
-    "int": (int, hex, lambda text: int(text, 16)),
+def _view(items):
+    """It can be gone through, `set(candidate(x))` works, and `== [1, 2]` fails, as without a sandbox."""
+    return dict(enumerate(items)).values()
+
+
+# What travels as {tag: text or [item, ...]}: its types, and the ways there and back.
+PLAIN = {
+    "tuple": (tuple, list, tuple),
+    "dict": (dict, lambda value: [list(pair) for pair in value.items()], dict),
+    "str": (str, str.__str__, str),
+    "int": (int, hex, lambda text: int(text, 16)),     # Python caps decimal digits
+    "float": (float, float.__repr__, float),
+    "set": (set, list, set),
+    "frozenset": (frozenset, list, frozenset),
     "complex": (complex, str, complex),
     "bytes": (bytes, bytes.hex, bytes.fromhex),
     "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
+    "iterator": (Iterator, lambda value: list(itertools.islice(value, MAX_ITEMS)), iter),
+    "match": (re.Match, lambda value: [value[0], *value.groups()], _view),
+    "listing": ((range, KeysView, ValuesView, ItemsView, collections.deque), list, _view),
 }
-# What travels as {tag: [item, ...]}, and what is made of the items.
-COLLECTIONS = {"tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter,
-               "listing": lambda items: dict(enumerate(items)).values()}
-# These arrive as a view of their items: `set(candidate(x))` works, `== [1, 2]` fails, as without a sandbox.
-LISTINGS = (range, KeysView, ValuesView, ItemsView, collections.deque)
-BASES = (int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
+VALUED = (tuple, enum.Enum)    # a record of such a class is made of its value, others of their fields
 
 
 def pack(value, classes=()) -> dict:
@@ -362,40 +318,34 @@ def pack(value, classes=()) -> dict:
 
     def walk(value):
         kind = type(value)
-        tag = kind.__name__
         if value is None or kind in (bool, str, float) or (kind is int and -2**63 < value < 2**63):
             return value
-        if kind is list:
-            return [walk(item) for item in value]
-        if kind is dict:
-            return {"dict": [[walk(key), walk(item)] for key, item in value.items()]}
-        if tag in TEXTS and kind is TEXTS[tag][0]:
-            return {tag: TEXTS[tag][1](value)}
-        if COLLECTIONS.get(tag) is kind:
-            return {tag: [walk(item) for item in value]}
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-            return {"type": value.__name__}
-        if kind is functools.partial:          # a name of the program
-            return {"name": value.args[0]}
-        if tag in classes:
+        if kind.__name__ in classes:
             if id(value) not in places:
                 places[id(value)] = len(places)
                 found.append(value)
             return {"record": places[id(value)]}
-        if kind is re.Match:
-            return {"listing": [walk(value[number]) for number in range(value.re.groups + 1)]}
-        if isinstance(value, (Iterator, *LISTINGS)):
-            tag = "listing" if isinstance(value, LISTINGS) else "iterator"
-            return {tag: [walk(item) for item in itertools.islice(value, MAX_ITEMS)]}
-        for base in BASES:
-            if isinstance(value, base):
-                return walk(base.__str__(value) if base is str else base(value))
-        raise TypeError(f"{tag} is not a plain value")
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+            return {"type": value.__name__}
+        if kind is functools.partial:          # a name of the program
+            return {"name": value.args[0]}
+        for tag, (kinds, unmake, _) in PLAIN.items():
+            if isinstance(value, kinds):
+                body = unmake(value)
+                return {tag: walk(body) if isinstance(body, list) else body}
+        raise TypeError(f"{kind.__name__} is not a plain value")
 
     packed, records = walk(value), []
     for record in found:               # which grows on the way
-        fields = {name: walk(item) for name, item in vars(record).items()}
-        records.append([type(record).__name__, fields])
+        if isinstance(record, VALUED):
+            body = [walk(item) for item in ([record.value] if isinstance(record, enum.Enum) else record)]
+        else:
+            slots = [vars(cls).get("__slots__", ()) for cls in type(record).__mro__]
+            names = [*getattr(record, "__dict__", ()), *itertools.chain(*slots)]
+            body = {name: walk(getattr(record, name)) for name in names if hasattr(record, name)}
+        records.append([type(record).__name__, body])
     return {"value": packed, "records": records}
 
 
@@ -404,7 +354,12 @@ def unpack(packed: dict, classes=None, find_name=None):
 
     Builds plain values only, whatever it is fed. Raises an Exception if that is not what `pack` makes.
     """
-    records = [object.__new__(classes[name]) for name, _ in packed["records"]]
+    @functools.cache
+    def record(place):
+        name, body = packed["records"][place]
+        if issubclass(classes[name], VALUED):
+            return classes[name](*map(build, body))
+        return object.__new__(classes[name])
 
     def build(item):
         if type(item) is list:
@@ -412,41 +367,35 @@ def unpack(packed: dict, classes=None, find_name=None):
         if type(item) is not dict:
             return item
         ((tag, body),) = item.items()
-        if tag == "dict":
-            return {build(key): build(value) for key, value in body}
-        if tag in TEXTS:
-            return TEXTS[tag][2](body)
-        if tag in COLLECTIONS:
-            return COLLECTIONS[tag]([build(part) for part in body])
         if tag == "record":
-            return records[body]
+            return record(body)
         if tag == "type" and not body.startswith("_") and isinstance(getattr(builtins, body), type):
             return getattr(builtins, body)
         if tag == "name" and find_name is not None:
             return find_name(body)
-        raise ValueError(f"unknown tag {tag}")
+        _, _, make = PLAIN[tag]
+        return make(build(body))
 
-    for record, (_, fields) in zip(records, packed["records"]):
-        for name, item in fields.items():
+    for place, (cls, fields) in enumerate(packed["records"]):
+        for name, item in () if issubclass(classes[cls], VALUED) else fields.items():
             # A field comes before a method of its name: after `node.same = bool`, `node.same(7)` is true.
-            of_class = [vars(cls).get(name) for cls in type(record).__mro__]
-            reserved = any(callable(value) or hasattr(value, "__get__") for value in of_class)
-            if reserved or name.startswith("__"):
+            of_class = [vars(base).get(name) for base in classes[cls].__mro__]
+            methods = [value for value in of_class if callable(value) or hasattr(value, "__get__")]
+            slots = [value for value in methods if isinstance(value, types.MemberDescriptorType)]
+            if name.startswith("__") or len(methods) > len(slots):
                 raise ValueError(f"a record with the reserved field {name}")
-            vars(record)[name] = build(item)
+            object.__setattr__(record(place), name, build(item))
     return build(packed["value"])
 
 
 # ---- The tester: runs the (trusted) tests ----
 
 TOLD_KINDS = ("syntax", "memory", "forbidden call")    # of a verdict, that the candidate's own word decides
+ENDED = ("crash", "")                                  # a fault whose kind and detail the zygote knows
 
 
-def _queueing_s(pid):
-    """The seconds that a process (its first thread) has been ready to run, and had no core."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/schedstat") as file:
-        return int(file.read().split()[1]) / 1e9
-    return 0.0
+class _Fault(BaseException):
+    """Ends the tests. A test may catch it: `_Tester.fault` remains."""
 
 
 class _Tester:
@@ -454,88 +403,65 @@ class _Tester:
 
     def __init__(self, trainer: Connection, zygote: socket.socket):
         self.trainer, self.zygote = trainer, zygote
-        _set_limit(resource.RLIMIT_AS, TESTER_MB << 20)    # `[0] * candidate()` in a test
-        signal.signal(signal.SIGALRM, self.on_alarm)
+        _set_limits({resource.RLIMIT_AS: TESTER_MB << 20})     # `[0] * candidate()` in a test
 
     def serve(self):
         while True:
-            job = _receive(self.trainer)
-            self.timeout_s, self.passed, self.calls = job["timeout_s"], 0, 0
-            self.raised, self.classes = None, {}
-            kind, detail = self.run_script(job) if "cases" in job else self.run_tests(job)
-            peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-            self.finish(kind, detail, last=peak_mb > RETIRE_MB)
+            job, began = _receive(self.trainer), time.process_time()
+            self.passed, self.calls, self.seconds, self.fault, self.raised = 0, 0, 0.0, None, None
+            kind, detail = self.run_cases(job) if "cases" in job else self.run_tests(job)
+            seconds = self.seconds + time.process_time() - began
+            _send(self.trainer, (kind, detail, self.passed, seconds))
 
-    def finish(self, kind, detail, last=True):
-        """Reports the verdict. After a fault it ends this process: no test can swallow that."""
-        self.end_candidate()
-        _send(self.trainer, {"verdict": (kind, detail, self.passed), "last": last})
-        if last:
-            os._exit(0)
+    def order(self, limit_s, fds=()):
+        """Has the zygote watch the CPU seconds from now on and, given descriptors, start a candidate."""
+        socket.send_fds(self.zygote, [struct.pack("d", limit_s)], fds)
 
-    def start_candidate(self, files=()):
-        _send(self.trainer, {})
+    def start_candidate(self, limit_s, files=()):
         self.candidate, theirs = Pipe()
         with theirs:
-            self.pid = self.order([theirs.fileno(), *files])[0]
-        self.heard = time.monotonic()
-        self.started, self.started_cpu = self.heard - _queueing_s("self"), time.process_time()
-        signal.setitimer(signal.ITIMER_REAL, ALARM_S, ALARM_S)
-
-    def on_alarm(self, *_):
-        # The CPU clock of another process, until that is waited for: see clock_getcpuclockid.
-        cpu = time.clock_gettime(~self.pid << 3 | 2) + time.process_time() - self.started_cpu
-        now = time.monotonic()
-        wall = now - _queueing_s("self") - _queueing_s(self.pid) - self.started
-        if cpu >= self.timeout_s or wall >= WALL_FACTOR * self.timeout_s:
-            self.finish("timeout", f"still running after {cpu:.2f} s of CPU, {wall:.2f} s with its sleep")
-        with contextlib.suppress(OSError):
-            if os.stat(f"/proc/{self.pid}/task").st_nlink > MAX_THREADS + 2:
-                self.finish("flood", f"more than {MAX_THREADS} threads")
-        if now - self.heard > GRACE_S / 2:
-            self.heard = now
-            _send(self.trainer, {})    # the tests go on, if slowly
+            self.order(limit_s, [theirs.fileno(), *files])
 
     def end_candidate(self):
-        """Kills it if it lives. Returns (kind, detail) of its end; the kind of a good end is ""."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        _, status, peak_mb = self.order([])
-        code = os.waitstatus_to_exitcode(status)
-        if code >= 0:
-            return "exception" if code else "", f"the process ended with exit status {code}"
-        kind = "forbidden call" if code == -signal.SIGSYS else "crash"
-        return kind, f"the process was killed by {signal.Signals(-code).name}, using {peak_mb:.0f} MB"
-
-    def order(self, fds):
-        """Has the zygote end the candidate and, given descriptors, start another: (pid, status, peak MB)."""
-        try:
-            socket.send_fds(self.zygote, [b"candidate"], fds)
-            return struct.unpack("iid", self.zygote.recv(64))
-        except (OSError, struct.error):
-            os._exit(1)                # no zygote, no work: the trainer starts another worker
+        """(kind, detail) of its end; the kind of a good end is ""."""
+        self.order(0.0)
+        kind, detail, seconds = json.loads(self.zygote.recv(1024))
+        self.seconds += seconds
+        return kind, detail
 
     def run_tests(self, job):
+        """(kind, detail) of a Check or Asserts."""
+        self.order(PREPARE_S)
         sys.modules["tests"] = types.ModuleType("tests")    # where dataclasses look themselves up
         space, depth = vars(sys.modules["tests"]), sys.getrecursionlimit()
         try:
-            plan = _plan_tests(job)
-            exec(_compile(plan["shared"], "<prelude>", "exec"), space)
+            kind, detail = self.try_tests(job, _plan_tests(job), space)
+        except _Fault:
+            kind, detail = self.fault
+        sys.setrecursionlimit(depth)   # a prelude may raise it, for the program
+        space.clear()                  # functions hold their namespace, and so each other
+        ended, how = self.end_candidate()
+        if ended in ("timeout", "flood"):
+            return ended, how
+        if self.fault == ENDED:
+            return "forbidden call" if ended == "forbidden call" else "crash", how
+        return kind, detail
+
+    def try_tests(self, job, plan, space):
+        try:
+            exec(_compile(plan["shared"], "<prelude>"), space)
             classes = [value for value in space.values() if isinstance(value, type)]
             self.classes = {cls.__name__: cls for cls in classes if cls.__module__ == "tests"}
-            sources = {f"<test {place}>": source for place, source in enumerate(plan["steps"])}
-            early, *steps = [_compile(source, name, "exec") for name, source in sources.items()]
+            early, *steps = [_compile(text, f"<test {n}>") for n, text in enumerate(plan["steps"])]
             exec(early, space)
             space.update({name: importlib.import_module(name) for name in plan["modules"]})
         except Exception as error:
             return "invalid", f"its tests fail before they call the candidate: {_line(error)}"
-        finally:
-            sys.setrecursionlimit(depth)       # a prelude may raise it, for the program
-        self.start_candidate()
+        self.start_candidate(job["timeout_s"])
         # The program is there when its top level has run, and has defined what will be tested.
-        answer = self.ask({"prelude": plan["shared"], "source": job["source"], "classes": list(self.classes),
-                           "names": plan["needed"]})
-        if "error" in answer:
-            self.raise_error(answer["error"], forgivable=False)
+        request = {"prelude": plan["shared"], "source": job["source"], "classes": list(self.classes),
+                   "names": plan["needed"]}
+        self.ask(lambda: request, forgivable=False)
         for name, expression in plan["names"].items():
             space[name] = functools.partial(self.call, expression)
         kind, detail = "passed", ""
@@ -546,95 +472,93 @@ class _Tester:
         except BaseException as error:
             kind, detail = "exception", _line(error)
             if error is not self.raised:
-                kind, detail = "wrong answer", _where(error, sources)
+                line = traceback.extract_tb(error.__traceback__)[-1].line
+                kind, detail = "wrong answer", _line(f"{_line(error, 100).rstrip(': ')} in: {line}")
+        if self.fault:
+            return self.fault
         if self.calls == 0:
             return "invalid", "its tests never call the candidate: every program would do as well"
         return kind, detail
 
     def call(self, name, /, *args, **kwargs):
         self.calls += 1
-        try:
-            packed = pack([args, kwargs], self.classes)
-        except Exception as error:     # not for `except TypeError` in a test: the program has not been asked
-            self.finish("protocol", f"an argument that cannot be sent: {_line(error)}")
-        answer = self.ask(packed | {"call": name})
-        if "error" in answer:
-            self.raise_error(answer["error"])
-        try:
-            return unpack(answer, self.classes)
-        except Exception as error:
-            self.finish("protocol", _line(error))
+        return self.ask(lambda: pack([args, kwargs], self.classes) | {"call": name})
 
-    def ask(self, message: dict) -> dict:
-        """Sends one request and returns the answer to it; every way in which that can fail is a fault."""
+    def ask(self, make_request, forgivable=True):
+        """The candidate's value; raises its exception if a test may expect that. All else is a fault."""
         ticket = os.urandom(8).hex()   # nobody can have answered before having read it
         try:
-            _send(self.candidate, message | {"ticket": ticket})
+            _send(self.candidate, make_request() | {"ticket": ticket})
             answer = _receive(self.candidate, MAX_MESSAGE)
             if answer.pop("ticket", None) != ticket:
                 raise ValueError("an answer to another question")
-            return answer
-        except (EOFError, ConnectionError):
-            kind, detail = self.end_candidate()
-            self.finish("forbidden call" if kind == "forbidden call" else "crash", detail)
-        except OSError:
-            self.finish("flood", f"an answer of more than {MAX_MESSAGE >> 20} MB")
-        except Exception as error:     # not JSON, too deep, too large a number ...
-            self.finish("protocol", _line(error))
-
-    def raise_error(self, error, forgivable=True):
-        """Raises the candidate's exception in the test, if a test may expect that; else it is a fault."""
-        try:
-            kind, name, text = map(str, error)
+            if "error" not in answer:
+                return unpack(answer, self.classes)
+            *told, args = answer["error"]
+            kind, name, text = map(str, told)
             cls = getattr(builtins, name)
             # StopIteration would end a test's `for got in map(candidate, inputs)` as if all had been well.
             fatal = not issubclass(cls, Exception) or issubclass(cls, (StopIteration, StopAsyncIteration))
-        except (ValueError, TypeError, AttributeError) as broken:
-            self.finish("protocol", _line(broken))
+            self.raised = None if fatal else cls(*unpack(args))
+        except (EOFError, ConnectionError):
+            self.fail(*ENDED)
+        except OSError:
+            self.fail("flood", f"an answer of more than {MAX_MESSAGE >> 20} MB")
+        except Exception as error:     # not JSON, too deep, too large a number ...
+            self.fail("protocol", _line(error))
         if kind != "exception" or fatal or not forgivable:
-            self.finish(kind if kind in TOLD_KINDS else "exception", _line(f"{name}: {text}"))
-        try:
-            self.raised = cls(text)
-        except TypeError:              # UnicodeDecodeError and its like need more than a text
-            self.raised = ValueError(text)
+            self.fail(kind if kind in TOLD_KINDS else "exception", _line(f"{name}: {text}"))
         raise self.raised
 
-    def run_script(self, job):
+    def fail(self, kind, detail):
+        """The first fault stands: after it nothing that the tests do can make another verdict."""
+        self.fault = self.fault or (kind, detail)
+        raise _Fault
+
+    def run_cases(self, job):
+        """(kind, detail) of a Stdio."""
         for given, expected in job["cases"]:
-            kind, detail = self.run_case(job, given, expected)
+            kind, detail = self.run_script(job, given, expected)
             if kind != "passed":
                 return kind, detail
             self.passed += 1
         return "passed", ""
 
-    def run_case(self, job, given, expected):
+    def run_script(self, job, given, expected):
         with open(os.memfd_create("stdin"), "w+b") as stdin, open(os.memfd_create("stdout"), "w+b") as stdout:
             stdin.write(given.encode("utf-8", "surrogatepass"))
             stdin.seek(0)
-            self.start_candidate([stdin.fileno(), stdout.fileno()])
-            told = None
+            self.start_candidate(job["timeout_s"], [stdin.fileno(), stdout.fileno()])
+            told = ""
             try:
                 # One message comes back at most, with the exception. Its word counts for the detail only.
                 _send(self.candidate, {"prelude": job["prelude"], "source": job["source"]})
-                told, name, text = map(str, _receive(self.candidate, MAX_MESSAGE)["error"])
+                told, *text = map(str, _receive(self.candidate, MAX_MESSAGE)["error"])
             except (EOFError, ConnectionError):
                 pass                   # the usual end
             except Exception:
-                self.finish("protocol", "the program wrote to the sandbox's own channel")
+                told, text = "protocol", ["the program wrote to the sandbox's own channel"]
             kind, detail = self.end_candidate()
             stdout.seek(0)
             printed = stdout.read()
         if len(printed) >= MAX_MESSAGE:
             return "flood", f"more than {MAX_MESSAGE >> 20} MB on stdout"
-        if told is not None:
-            return told if told in TOLD_KINDS else "exception", _line(f"{name}: {text}")
+        if told:
+            return told if told in (*TOLD_KINDS, "protocol") else "exception", _line(": ".join(text[:2]))
         if kind:
             return kind, detail
         difference = first_difference(printed.decode("utf-8", "replace"), expected)
         return ("wrong answer", difference) if difference else ("passed", "")
 
 
-_compile = functools.lru_cache(maxsize=64)(compile)    # a batch holds many programs for few problems
+@functools.lru_cache(maxsize=64)       # a batch holds many programs for few problems
+def _compile_once(text, name):
+    return compile(text, name, "exec")
+
+
+def _compile(text, name):
+    linecache.cache[name] = 0, None, text.splitlines(), name       # where `traceback` looks for lines
+    return _compile_once(text, name)
 
 
 def _plan_tests(job) -> dict:
@@ -662,8 +586,7 @@ def names_under_test(reference: str, tests: Iterable[str]) -> tuple[str, ...]:
         symbols = symtable.symtable(reference, "<reference>", "exec").get_symbols()
         nodes = list(ast.walk(ast.parse("\n".join(tests))))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    defined = {name.get_name() for name in symbols if name.is_assigned()}
-    return tuple(sorted(defined & used))
+    return tuple(sorted(used & {name.get_name() for name in symbols if name.is_assigned()}))
 
 
 def _line(error, limit=200):
@@ -672,28 +595,13 @@ def _line(error, limit=200):
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[:4 * limit].split())[:limit])
 
 
-def _where(error, sources):
-    """The error, and the line of the tests that raised it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in sources]
-    if not frames:
-        return _line(error)
-    line = sources[frames[-1].filename].splitlines()[frames[-1].lineno - 1]
-    return _line(f"{_line(error, 100).rstrip(': ')} in: {line.strip()}")
-
-
-_FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
-_WHOLE = re.compile(r"([+-]?\d+)\.0*")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def same_output(printed: str, expected: str) -> bool:
-    """Token by token. Where a float is expected, any number within 1e-6 (absolute or relative) will do. Whole
-    numbers are exact: 20.00 is 20, as for the judges that wrote the expected outputs, and nothing else is."""
-    return not first_difference(printed, expected)
-
-
 def first_difference(printed: str, expected: str) -> str:
-    """Where `same_output` sees the first difference; "" if nowhere."""
+    """Where an output is wrong, token by token; "" if nowhere. Where a float is expected, any number within
+    1e-6 (absolute or relative) will do. Whole numbers are exact; 20.00 is 20, as for the judges who wrote the
+    expected outputs."""
     got, want = printed.split(), expected.split()
     for place, (token, right) in enumerate(zip(got, want)):
         if token != right and not _is_close(token, right):
@@ -702,32 +610,28 @@ def first_difference(printed: str, expected: str) -> str:
 
 
 def _is_close(token, expected):
-    whole = _WHOLE.fullmatch(token)
-    if whole and whole[1] == expected:
-        return True
-    if len(token) >= 400 or not (_FLOAT.fullmatch(expected) and _NUMBER.fullmatch(token)):
+    if max(len(token), len(expected)) > 400 or not (_NUMBER.fullmatch(token) and _NUMBER.fullmatch(expected)):
         return False
+    if expected.lstrip("+-").isdigit():
+        return re.fullmatch(re.escape(expected) + r"\.0*", token) is not None
     return math.isclose(float(token), float(expected), rel_tol=1e-6, abs_tol=1e-6)
 
 
-# ---- The zygote and the candidate ----
+# ---- The zygote: forks the candidates, watches the clocks ----
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 libc = ctypes.PyDLL(None)
-# `os.fork` lets `threading`, `random` and others put themselves in order for the child and copy 200 pages:
-# half the price. A process with one thread and no lock taken has nothing to put in order.
-raw_fork = libc.fork
 
 # What a program may import, with all that these import, as no file can be opened later; what is not installed
 # is passed over. numpy and sortedcontainers: judges have them.
 MODULES = """
-    argparse array base64 bisect calendar cmath codecs colorsys contextvars copy csv dataclasses datetime
-    decimal difflib doctest fileinput gzip lzma encodings.ascii encodings.cp1252 encodings.cp437
+    argparse array asyncio base64 bisect calendar cmath codecs colorsys concurrent.futures.thread contextvars
+    copy csv dataclasses datetime decimal difflib doctest encodings.ascii encodings.cp1252 encodings.cp437
     encodings.hex_codec encodings.idna encodings.latin_1 encodings.punycode encodings.raw_unicode_escape
     encodings.rot_13 encodings.unicode_escape encodings.utf_16 encodings.utf_32 encodings.utf_8_sig
-    fractions glob graphlib hashlib heapq hmac html ipaddress locale mmap numpy pathlib pickle platform
-    pprint queue secrets shlex sortedcontainers statistics string tempfile textwrap timeit unittest
-    urllib.parse uuid zlib __future__ _colorize _strptime
+    fileinput fractions glob graphlib gzip hashlib heapq hmac html ipaddress locale lzma mmap numpy pathlib
+    pickle platform pprint queue secrets shlex sortedcontainers statistics string tempfile textwrap timeit
+    unittest.mock urllib.parse uuid zlib __future__ _colorize _strptime
 """.split()
 
 
@@ -745,91 +649,131 @@ def _warm_up():
     gc.freeze()                        # the collector would touch, and so copy, every page in every child
 
 
-def _zygote_main(trainer_pid, memory_mb, *paths):
-    """Forks a tester when the trainer orders one, a candidate when the tester does; ends them likewise."""
-    trainer, null = socket.socket(fileno=os.dup(0)), os.open(os.devnull, os.O_RDWR)
+def _tester_main(trainer_pid, memory_mb, *paths):
+    """Where the process of the tester begins."""
+    alive = os.pidfd_open(int(trainer_pid))
+    trainer, null = Connection(os.dup(0)), os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1):
         os.dup2(null, standard)        # tests may print
     sys.path += [path for path in paths if path not in sys.path]
     _warm_up()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)      # the zygote sends it
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    with open("/proc/self/statm") as file:
-        memory_bytes = int(file.read().split()[0]) * resource.getpagesize() + (int(memory_mb) << 20)
-    seccomp = build_filter(os.uname().machine)
-    nowhere = tempfile.mkdtemp()
-    root = os.open(nowhere, os.O_PATH)         # the root directory of candidates, where that may be changed
-    os.rmdir(nowhere)
+    zygote, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     os.dup2(null, 2)
     os.close(null)
-    orders, tester, candidate = None, 0, 0
-    while True:
-        ready, _, _ = select.select([trainer, orders or trainer], [], [], 1)
-        if orders in ready:
-            message, fds, _, _ = socket.recv_fds(orders, 64, 3)
-            if not message:            # the tester has ended itself
-                orders = None
-                continue
-            end = _end_child(candidate)
-            candidate = _fork_child(_run_candidate, fds, root, memory_bytes, seccomp) if fds else 0
-            for fd in fds:
-                os.close(fd)
-            orders.send(struct.pack("iid", candidate, *end))
-            continue
-        # The end of the trainer ends this process, even if a fork of it (a data loader) holds the socket.
-        message, fds = b"", []
-        if os.getppid() == int(trainer_pid):
-            if not ready:
-                continue
-            message, fds, _, _ = socket.recv_fds(trainer, 64, 1)
-        _end_child(tester)
-        _end_child(candidate)
-        if not message:
-            os._exit(0)
-        tester = candidate = 0
-        if fds:
-            orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)    # no old order counts
-            tester = _fork_child(lambda: _Tester(Connection(fds[0]), theirs).serve())
-            theirs.close()
-            os.close(fds[0])
+    fork_child(_Zygote(os.getpid(), theirs, alive, int(memory_mb)).serve)
+    theirs.close()
+    _Tester(trainer, zygote).serve()
 
 
-def _fork_child(run, *args):
-    here = os.getpid()
-    for pause in (0, 0.1, 0.3, 1, 3):  # other programs may have used up the processes that there can be
-        time.sleep(pause)
-        pid = raw_fork()
-        if pid >= 0:
-            break
+def fork_child(run, *args) -> int:
+    """Calls `run(*args)` in a child, which ends with this process; returns its pid."""
+    # `os.fork` lets `threading`, `random` and others put themselves in order for the child, which doubles the
+    # price. A process with one thread and no lock taken has nothing to put in order.
+    def fork():
+        pid = libc.fork()
+        if pid < 0:
+            raise BlockingIOError("no process left")
+        return pid
+
+    parent, pid = os.getpid(), _patiently(fork)
     if pid == 0:
         try:
             # The kernel kills this process when its parent ends, even while it holds the GIL.
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() == here:
+            if os.getppid() == parent:
                 run(*args)
         finally:
             os._exit(1)
     return pid
 
 
-def _end_child(pid):
-    """(wait status, peak memory in MB) of a child, which is killed if it lives."""
-    if pid <= 0:                       # none, or the fork failed: kill would take -1 for everybody
-        return 0, 0.0
-    os.kill(pid, signal.SIGKILL)
-    _, status, usage = os.wait4(pid, 0)
-    return status, usage.ru_maxrss / 1024
+def _set_limits(limits):
+    for limit, value in limits.items():
+        with contextlib.suppress(ValueError):      # a lower one holds already
+            resource.setrlimit(limit, (value, value))
 
 
-def _set_limit(limit, value):
-    with contextlib.suppress(ValueError):      # a lower one holds already
-        resource.setrlimit(limit, (value, value))
+class _Zygote:
+    """Forks a candidate when the tester orders one, and ends those who use up their time."""
+
+    def __init__(self, tester, orders, trainer, memory_mb):
+        self.tester, self.orders, self.trainer = tester, orders, trainer
+        self.candidate, self.limit_s, self.fault = 0, 0.0, None
+        self.seccomp = build_filter(os.uname().machine)
+        with open("/proc/self/statm") as file:
+            self.memory_bytes = int(file.read().split()[0]) * resource.getpagesize() + (memory_mb << 20)
+
+    def serve(self):
+        while True:
+            pause = LOOK_S if self.limit_s else None
+            ready, _, _ = select.select([self.orders, self.trainer], [], [], pause)
+            if self.trainer in ready:          # it has ended, even if a fork of it holds its sockets
+                os.kill(self.tester, signal.SIGKILL)
+            elif ready:
+                self.obey()
+            else:
+                self.look()
+
+    def obey(self):
+        message, fds, _, _ = socket.recv_fds(self.orders, 64, 3)
+        [self.limit_s] = struct.unpack("d", message)
+        if fds:
+            self.candidate = fork_child(_run_candidate, fds, self.memory_bytes, self.seccomp)
+        for fd in fds:
+            os.close(fd)
+        if self.limit_s:
+            self.fault, self.start = None, self.clocks()
+        else:
+            self.orders.send(json.dumps(self.end_candidate()).encode())
+
+    def clocks(self):
+        """Seconds of CPU, and of wall time without those that the first threads waited for a core."""
+        cpu, wall = 0.0, time.monotonic()
+        for pid in filter(None, (self.tester, self.candidate)):
+            cpu += time.clock_gettime(~pid << 3 | 2)       # of another process: see clock_getcpuclockid
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/schedstat") as file:
+                wall -= int(file.read().split()[1]) / 1e9
+        return cpu, wall
+
+    def look(self):
+        cpu, wall = [now - then for now, then in zip(self.clocks(), self.start)]
+        if self.fault:
+            if wall > self.end_s:      # a legal but nasty value holds the tests up
+                os.kill(self.tester, signal.SIGALRM)
+            return
+        if cpu >= self.limit_s or wall >= WALL_FACTOR * self.limit_s:
+            self.fault = "timeout", f"still running after {cpu:.2f} s of CPU, {wall:.2f} s with its sleep"
+        elif os.stat(f"/proc/{self.candidate or 'self'}/task").st_nlink > MAX_THREADS + 2:
+            self.fault = "flood", f"more than {MAX_THREADS} threads"
+        self.end_s = wall + GRACE_S
+        if self.fault and self.candidate:
+            os.kill(self.candidate, signal.SIGKILL)
+
+    def end_candidate(self):
+        """Kills it if it lives. (kind, detail, CPU seconds) of its end; the kind of a good end is ""."""
+        if not self.candidate:
+            return "", "", 0.0
+        os.kill(self.candidate, signal.SIGKILL)
+        _, status, usage = os.wait4(self.candidate, 0)
+        self.candidate, code = 0, os.waitstatus_to_exitcode(status)
+        kind, detail = "exception" if code else "", f"the process ended with exit status {code}"
+        if code < 0:
+            kind = "forbidden call" if code == -signal.SIGSYS else "crash"
+            name, peak_mb = signal.Signals(-code).name, usage.ru_maxrss >> 10
+            detail = f"the process was killed by {name}, using {peak_mb} MB"
+        return *(self.fault or (kind, detail)), usage.ru_utime + usage.ru_stime
 
 
-def _run_candidate(fds, root, memory_bytes, seccomp):
+# ---- The candidate ----
+
+def _run_candidate(fds, memory_bytes, seccomp):
     """Gives up every right, and only then reads the program."""
     channel, *files = fds
-    with contextlib.suppress(PermissionError):    # else AT_EMPTY_PATH with a path gives the sizes of files
-        os.fchdir(root)
+    # Only root may do so; else newfstatat's AT_EMPTY_PATH with a path gives the size of any file.
+    with contextlib.suppress(PermissionError):
+        os.chdir("/proc/self/fdinfo")  # a directory that holds nothing of anybody else's
         os.chroot(".")
     for standard, fd in enumerate(files):
         os.dup2(fd, standard)          # stdin, stdout
@@ -840,10 +784,8 @@ def _run_candidate(fds, root, memory_bytes, seccomp):
         sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape")
     # Root without capabilities: what seccomp lets through (madvise, say) must not do more than for a user.
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    _set_limit(resource.RLIMIT_AS, memory_bytes)
-    _set_limit(resource.RLIMIT_FSIZE, MAX_MESSAGE)    # a script's stdout; there is no other file that grows
-    _set_limit(resource.RLIMIT_NOFILE, 64)
-    _set_limit(resource.RLIMIT_CORE, 0)
+    _set_limits({resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0,
+                 resource.RLIMIT_FSIZE: MAX_MESSAGE})      # stdout's; there is no other file that grows
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, seccomp, 0, 0):
         os._exit(1)
     channel = Connection(3)
@@ -851,17 +793,20 @@ def _run_candidate(fds, root, memory_bytes, seccomp):
 
 
 def _describe(error, kind="exception"):
-    """[kind, nearest builtin exception class, text]: what the tester is told of an exception."""
+    """[kind, nearest builtin exception class, text, its packed arguments]: what the tester is told."""
     kind = getattr(error, "kind", kind)
     if isinstance(error, MemoryError):
         kind = "memory"
     elif isinstance(error, PermissionError) and error.errno == errno.EPERM:
         kind = "forbidden call"
     cls = next(cls for cls in type(error).__mro__ if cls.__module__ == "builtins")
-    text = ""
+    text, args = "", pack(())
     with contextlib.suppress(BaseException):
-        text = str(error.args[0] if type(error) is KeyError else error)[:10_000]    # its str() is a repr()
-    return [kind, cls.__name__, text]
+        text = str(error)[:10_000]
+        args = pack((text,))
+        if str(cls(*error.args)) == text:
+            args = pack(error.args)
+    return [kind, cls.__name__, text, args]
 
 
 def _execute(source, space):
@@ -879,7 +824,7 @@ def _serve_calls(channel, request):
     prelude, source, classes = request["prelude"], request["source"], request["classes"]
     if source.lstrip("\r\n")[:1] in (" ", "\t"):
         prelude, source = "", f"{prelude}\n{source}"
-    answer = {}
+    answer = pack(None)
     try:
         _execute(prelude, space)
         _execute(source, space)
@@ -905,9 +850,7 @@ def _serve_calls(channel, request):
 def _run_script(channel, request):
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.modules["__main__"].__file__ = "/program.py"
-    real_open, real_size, devices = open, threading.stack_size, {"/dev/stdin": 0, "/dev/stdout": 1}
-    builtins.open = io.open = lambda file, *rest, **named: real_open(devices.get(file, file), *rest, **named)
-    # What contestants do for deep recursion: as much as the memory allows.
+    real_size = threading.stack_size   # contestants ask for a deep stack: they get what the memory allows
     threading.stack_size = lambda size=0: real_size(min(size, 128 << 20))
     resource.setrlimit = lambda *limits: None
     code = error = None
@@ -985,3 +928,24 @@ def build_filter(machine: str) -> bytes:
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in [*program, REFUSE])
     build_filter.code = ctypes.create_string_buffer(code, len(code))    # keeps it alive
     return struct.pack("HP", len(program) + 1, ctypes.addressof(build_filter.code))
+
+
+def main():
+    """Shows what becomes of four programs for one task."""
+    test = "def check(candidate):\n    assert candidate([3, 1, 2]) == [1, 2, 3]"
+    programs = {
+        "honest": "def order(items):\n    return sorted(items)",
+        "wrong": "def order(items):\n    return items",
+        "cheating": "class Yes(list):\n    def __eq__(self, other): return True\norder = Yes",
+        "endless": "def order(items):\n    while True: pass",
+    }
+    print(f"The test, which no program sees:\n\n{test}\n")
+    with Sandbox(workers=2, timeout_s=0.5) as sandbox:
+        verdicts = sandbox.iter(Check(source, test, "order") for source in programs.values())
+        for (name, source), verdict in zip(programs.items(), verdicts):
+            print(f"{name}:\n\n{source}\n")
+            print(f"-> {verdict.kind}, {1000 * verdict.seconds:.1f} ms of CPU. {verdict.detail}\n")
+
+
+if __name__ == "__main__":
+    main()

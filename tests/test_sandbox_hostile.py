@@ -546,7 +546,7 @@ def children(pid):
 
 
 def state_of(worker):
-    """(processes, MB) of a worker: its zygote, and a tester if no fault has ended it."""
+    """(processes, MB) of a worker: its tester, and the zygote."""
     pid = worker.process.pid
     family, found = [pid], []
     while family:
@@ -583,7 +583,7 @@ def test_a_hostile_program_ends_and_leaves_nothing(sandbox, kinds, source):
     assert "hunter2" not in bad.detail
     assert not os.path.lexists(MARK)
     processes, megabytes = state_of(sandbox._workers[0])
-    assert processes == 1 + (sandbox._workers[0].tester is not None), "the zygote and its tester"
+    assert processes == 2, "the tester and its zygote"
     assert megabytes < 200
     assert sandbox.run([COUNT_DESCRIPTORS])[0].detail == sandbox.descriptors
 
@@ -642,5 +642,5 @@ def test_a_hostile_script_ends_and_leaves_nothing(sandbox, source, kind):
     bad, good = sandbox.run([Stdio(source, (("1\n", "3\n"),), timeout_s=limit), HONEST])
     assert bad.kind == kind, bad
     assert good.passed
-    assert state_of(sandbox._workers[0])[0] == 1 + (sandbox._workers[0].tester is not None)
+    assert state_of(sandbox._workers[0])[0] == 2
     assert sandbox.run([COUNT_DESCRIPTORS])[0].detail == sandbox.descriptors
