@@ -31,12 +31,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import encode_prompt, load_pretrained
+from model import Encoding, encode_prompt, load_pretrained
 
 # ------------------------------------------------------------------------------ what each token of a text is
 
@@ -231,7 +230,7 @@ class Program:
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.lines))
 
-    def room(self, enc: tiktoken.Encoding, max_rationale: int) -> int:
+    def room(self, enc: Encoding, max_rationale: int) -> int:
         """Tokens to leave free for a rationale anywhere: its own, and a closing that had to be forced."""
         closings = {len(enc.encode_ordinary(closing)) for closing in set(self.closings)}
         return max_rationale + 1 + max(closings)
@@ -245,7 +244,7 @@ class Program:
         return out
 
 
-def parse(enc: tiktoken.Encoding, prompt: str, solution: str, eos: int) -> Program:
+def parse(enc: Encoding, prompt: str, solution: str, eos: int) -> Program:
     """Cut prompt + solution at the decision points of the solution. A prompt that is not Python is left
     alone.
 
@@ -266,7 +265,7 @@ def parse(enc: tiktoken.Encoding, prompt: str, solution: str, eos: int) -> Progr
     return Program(encode_prompt(enc, "") + head or [eos], lines, ["\n" + indent[:-1] for indent in indents])
 
 
-def encode_pieces(enc: tiktoken.Encoding, text: str, borders: list[int]) -> list[list[int]]:
+def encode_pieces(enc: Encoding, text: str, borders: list[int]) -> list[list[int]]:
     """The tokens of a text, in pieces between ascending character offsets.
 
     The text is tokenised whole: alone, a piece that ends in blank lines would get other tokens (GPT-2 leaves
@@ -283,7 +282,7 @@ def encode_pieces(enc: tiktoken.Encoding, text: str, borders: list[int]) -> list
     return [tokens[a:b] for a, b in pairwise(at)]
 
 
-def rationale(enc: tiktoken.Encoding, program: Program, t: int, comment: str) -> list[int]:
+def rationale(enc: Encoding, program: Program, t: int, comment: str) -> list[int]:
     """The tokens of the comment line `# ...` before line t, from one decision point to the next."""
     lead = " " if enc.decode(program.lines[t]).startswith(" ") else ""  # the indentation's last space, if any
     return enc.encode_ordinary(lead + comment + program.closings[t])
@@ -360,7 +359,7 @@ def strip_comments(source: str) -> str:
     return re.sub(r"^[ \t]+", lambda indent: indent[0].expandtabs(4), kept, flags=re.MULTILINE)
 
 
-def opener_mask(enc: tiktoken.Encoding) -> Tensor:
+def opener_mask(enc: Encoding) -> Tensor:
     """(V,) bool: the tokens that open a comment, i.e. whose text starts with `#` after at most one space."""
     mask = torch.zeros(enc.n_vocab, dtype=torch.bool)
     for text, i in enc._mergeable_ranks.items():             # special tokens are not among them
