@@ -1,5 +1,4 @@
-"""The temporal ELBO: latents, likelihoods, the reward, the bound; and programs cut into lines (paper, section
-3).
+"""The temporal ELBO: latents, likelihoods, the reward, the bound; and programs as lines (paper, section 3).
 
 An expert program is a sequence of actions a_0 .. a_{T-1}, one line of code each. Before line t stands a
 latent z_t: `<act>`, "go on as you were", or `<think>`, a new rationale, which is a comment line. With its
@@ -71,9 +70,7 @@ class Trace:
 
 @dataclass
 class Batch:
-    """Traces padded to one length, on a device: all (B, T) int64. doc: document numbers where rows are
-    packed.
-    """
+    """Traces padded to one length, on a device: all (B, T) int64. doc: documents of packed rows."""
     tokens: Tensor
     kind: Tensor
     line: Tensor
@@ -160,8 +157,7 @@ def opening_gate(gate: Tensor, batch: Batch, n_lines: int) -> tuple[Tensor, Tens
 
 def line_rewards(log_pi: Tensor, think: Tensor, broken: Tensor, gate: Tensor, free: Tensor, *, c: float,
                  beta: float, p_think: float, broken_cost: float, floor: float = torch.inf) -> Tensor:
-    """The E-step's reward of each line, (B, L), in nats: the bound's summand, the KL replaced by the penalty
-    c.
+    """The E-step's reward of each line, (B, L), in nats: the bound's summand with c in place of the KL.
 
         r_t = max(log pi(a_t | s_t, z_t), -floor) - c [z_t != act] - broken_cost [format broken]
               + beta (log p(gate_t) - log q(gate_t))
@@ -189,8 +185,7 @@ def prior(alpha: float, n: int) -> Tensor:
 
 
 def kl_exact(g: Tensor, entropy_new: Tensor, alpha: float, n: int) -> Tensor:
-    """KL(q || p) under the prior of Proposition 4.1, from q's gate and the entropy of what is new (section
-    3).
+    """KL(q || p) under the prior of Proposition 4.1, from q's gate and the entropy of what is new.
 
     g: q(z_t != z_{t-1}); entropy_new: entropy (nats) of q over the n - 1 other latents, given that it leaves.
 
@@ -204,8 +199,7 @@ def kl_exact(g: Tensor, entropy_new: Tensor, alpha: float, n: int) -> Tensor:
 
 
 def bound(log_pi: Tensor, log_q: Tensor, log_prior: Tensor, q: Tensor) -> Tensor:
-    """Theorem 3.1: J = E_q sum_t [log pi(a_t | s_t, z_t) - (log q(z_t) - log p(z_t))], over listed latent
-    paths.
+    """Theorem 3.1: J = E_q sum_t [log pi(a_t | s_t, z_t) - (log q(z_t) - log p(z_t))], over listed paths.
 
     log_pi, log_q, log_prior: (N, L) of N paths. q: (N,) their probabilities, or 1/N for samples from q.
     """
@@ -245,8 +239,7 @@ class Program:
 
 
 def parse(enc: Encoding, prompt: str, solution: str, eos: int) -> Program:
-    """Cut prompt + solution at the decision points of the solution. A prompt that is not Python is left
-    alone.
+    """Cut prompt + solution at the decision points of the solution; the prompt need not be Python.
 
     eos ends the last line; where there is no prompt it is the prompt, so that every action has a token before
     it. Raises ValueError if the solution is empty or not Python.
@@ -328,8 +321,7 @@ def comment_lines(tokens: list[tokenize.TokenInfo]) -> dict[int, tokenize.TokenI
 
 
 def statements(source: str) -> list[int]:
-    """Offset of the first character of every statement: lines inside strings and continuation lines begin
-    none.
+    """Offset of every statement's first character: none is in a string or on a continuation line.
 
     Raises ValueError if `source` is not Python.
     """
