@@ -13,7 +13,7 @@ run: .venv/installed
 # The longest files first, or the worker that began with one last would be alone at the end; one thread each, or the
 # workers get in each other's way.
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/test_train.py tests/test_resume.py tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/test_scale.py tests/test_train.py tests/test_resume.py tests
 
 # Rules and their reasons stand in pyproject.toml.
 lint: .venv/installed
