@@ -1,5 +1,4 @@
-"""The temporal ELBO: latents, likelihoods, the reward, the bound; and programs cut into lines (paper, section
-3).
+"""The temporal ELBO: latents, likelihoods, the reward, the bound; and programs as lines (paper, section 3).
 
 An expert program is a sequence of actions a_0 .. a_{T-1}, one line of code each. Before line t stands a
 latent z_t: `<act>`, "go on as you were", or `<think>`, a new rationale, which is a comment line. With its
@@ -31,12 +30,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import encode_prompt, load_pretrained
+from model import Encoding, encode_prompt, load_pretrained
 
 # ------------------------------------------------------------------------------ what each token of a text is
 
@@ -72,9 +70,7 @@ class Trace:
 
 @dataclass
 class Batch:
-    """Traces padded to one length, on a device: all (B, T) int64. doc: document numbers where rows are
-    packed.
-    """
+    """Traces padded to one length, on a device: all (B, T) int64. doc: documents of packed rows."""
     tokens: Tensor
     kind: Tensor
     line: Tensor
@@ -161,8 +157,7 @@ def opening_gate(gate: Tensor, batch: Batch, n_lines: int) -> tuple[Tensor, Tens
 
 def line_rewards(log_pi: Tensor, think: Tensor, broken: Tensor, gate: Tensor, free: Tensor, *, c: float,
                  beta: float, p_think: float, broken_cost: float, floor: float = torch.inf) -> Tensor:
-    """The E-step's reward of each line, (B, L), in nats: the bound's summand, the KL replaced by the penalty
-    c.
+    """The E-step's reward of each line, (B, L), in nats: the bound's summand with c in place of the KL.
 
         r_t = max(log pi(a_t | s_t, z_t), -floor) - c [z_t != act] - broken_cost [format broken]
               + beta (log p(gate_t) - log q(gate_t))
@@ -190,8 +185,7 @@ def prior(alpha: float, n: int) -> Tensor:
 
 
 def kl_exact(g: Tensor, entropy_new: Tensor, alpha: float, n: int) -> Tensor:
-    """KL(q || p) under the prior of Proposition 4.1, from q's gate and the entropy of what is new (section
-    3).
+    """KL(q || p) under the prior of Proposition 4.1, from q's gate and the entropy of what is new.
 
     g: q(z_t != z_{t-1}); entropy_new: entropy (nats) of q over the n - 1 other latents, given that it leaves.
 
@@ -205,8 +199,7 @@ def kl_exact(g: Tensor, entropy_new: Tensor, alpha: float, n: int) -> Tensor:
 
 
 def bound(log_pi: Tensor, log_q: Tensor, log_prior: Tensor, q: Tensor) -> Tensor:
-    """Theorem 3.1: J = E_q sum_t [log pi(a_t | s_t, z_t) - (log q(z_t) - log p(z_t))], over listed latent
-    paths.
+    """Theorem 3.1: J = E_q sum_t [log pi(a_t | s_t, z_t) - (log q(z_t) - log p(z_t))], over listed paths.
 
     log_pi, log_q, log_prior: (N, L) of N paths. q: (N,) their probabilities, or 1/N for samples from q.
     """
@@ -231,7 +224,7 @@ class Program:
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.lines))
 
-    def room(self, enc: tiktoken.Encoding, max_rationale: int) -> int:
+    def room(self, enc: Encoding, max_rationale: int) -> int:
         """Tokens to leave free for a rationale anywhere: its own, and a closing that had to be forced."""
         closings = {len(enc.encode_ordinary(closing)) for closing in set(self.closings)}
         return max_rationale + 1 + max(closings)
@@ -245,9 +238,8 @@ class Program:
         return out
 
 
-def parse(enc: tiktoken.Encoding, prompt: str, solution: str, eos: int) -> Program:
-    """Cut prompt + solution at the decision points of the solution. A prompt that is not Python is left
-    alone.
+def parse(enc: Encoding, prompt: str, solution: str, eos: int) -> Program:
+    """Cut prompt + solution at the decision points of the solution; the prompt need not be Python.
 
     eos ends the last line; where there is no prompt it is the prompt, so that every action has a token before
     it. Raises ValueError if the solution is empty or not Python.
@@ -266,7 +258,7 @@ def parse(enc: tiktoken.Encoding, prompt: str, solution: str, eos: int) -> Progr
     return Program(encode_prompt(enc, "") + head or [eos], lines, ["\n" + indent[:-1] for indent in indents])
 
 
-def encode_pieces(enc: tiktoken.Encoding, text: str, borders: list[int]) -> list[list[int]]:
+def encode_pieces(enc: Encoding, text: str, borders: list[int]) -> list[list[int]]:
     """The tokens of a text, in pieces between ascending character offsets.
 
     The text is tokenised whole: alone, a piece that ends in blank lines would get other tokens (GPT-2 leaves
@@ -283,7 +275,7 @@ def encode_pieces(enc: tiktoken.Encoding, text: str, borders: list[int]) -> list
     return [tokens[a:b] for a, b in pairwise(at)]
 
 
-def rationale(enc: tiktoken.Encoding, program: Program, t: int, comment: str) -> list[int]:
+def rationale(enc: Encoding, program: Program, t: int, comment: str) -> list[int]:
     """The tokens of the comment line `# ...` before line t, from one decision point to the next."""
     lead = " " if enc.decode(program.lines[t]).startswith(" ") else ""  # the indentation's last space, if any
     return enc.encode_ordinary(lead + comment + program.closings[t])
@@ -329,8 +321,7 @@ def comment_lines(tokens: list[tokenize.TokenInfo]) -> dict[int, tokenize.TokenI
 
 
 def statements(source: str) -> list[int]:
-    """Offset of the first character of every statement: lines inside strings and continuation lines begin
-    none.
+    """Offset of every statement's first character: none is in a string or on a continuation line.
 
     Raises ValueError if `source` is not Python.
     """
@@ -360,7 +351,7 @@ def strip_comments(source: str) -> str:
     return re.sub(r"^[ \t]+", lambda indent: indent[0].expandtabs(4), kept, flags=re.MULTILINE)
 
 
-def opener_mask(enc: tiktoken.Encoding) -> Tensor:
+def opener_mask(enc: Encoding) -> Tensor:
     """(V,) bool: the tokens that open a comment, i.e. whose text starts with `#` after at most one space."""
     mask = torch.zeros(enc.n_vocab, dtype=torch.bool)
     for text, i in enc._mergeable_ranks.items():             # special tokens are not among them

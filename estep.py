@@ -21,20 +21,18 @@ Where this departs from the paper, or where the paper is silent:
     per token.
  3. A line counts as costing `floor` nats at most: rare, very wrong rationales make most of the variance.
  4. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
- 5. The M-step goes on from q's weights, and rationales that are drawn once.
- 6. The M-step learns from programs put together of several draws, by what paid (`select`): q's gate is slow
-    to learn where a rationale is idle, since one that costs only c is a weak signal beside the rationales'.
- 7. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a
+ 5. The M-step goes on from q's weights. Its programs are put together from several draws, by what paid
+    (`select`), once: q's gate is slow to learn where a rationale is idle and costs no more than c.
+ 6. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a
     longer, empty or unclosed one is closed by force and pays `broken_cost` for it.
 """
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,8 +40,8 @@ from torch.utils.checkpoint import checkpoint
 
 import elbo
 from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, Trace, chunks
-from model import GPT, Decoder, KVCache, autocast, load_pretrained, new_cache, pad, pick
-from mstep import optimize, total
+from model import GPT, Decoder, Encoding, KVCache, autocast, load_pretrained, new_cache, pad, pick
+from mstep import bar, optimize, total
 
 
 @dataclass
@@ -73,7 +71,7 @@ class EStepConfig:
 # ------------------------------------------------------------------------------------------------ the update
 
 
-def e_update(q: GPT, pi: GPT, optimizer, enc: tiktoken.Encoding, openers: Tensor, programs: list[Program],
+def e_update(q: GPT, pi: GPT, optimizer, enc: Encoding, openers: Tensor, programs: list[Program],
              seeds: list, cfg: EStepConfig, micro_batch: int = 32, sample_batch: int = 256) -> dict:
     """One update of q, in place, on this rank's share of the programs. pi: the frozen copy that scores.
 
@@ -89,18 +87,13 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: tiktoken.Encoding, openers: Tensor
     def losses():
         for part in chunks(traces, max(micro_batch // K, 1) * K):      # versions of a program stay together
             batch = elbo.collate(part, q.device)
-            L = int(batch.line.max()) + 1
             gate, token, pi_token, anchor = likelihoods(q, pi, batch, openers)             # (B, T-1) each
-            loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                  # (B, L)
-            think, broken = decisions(part, L, q.device)
-            rewards = elbo.line_rewards(
-                loglik, think, broken, *elbo.opening_gate(gate.detach(), batch, L), c=cfg.c, beta=cfg.beta,
-                p_think=cfg.p_think, broken_cost=cfg.broken_cost, floor=cfg.floor)         # (B, L)
-            G = returns(rewards, cfg.horizon, cfg.gamma).view(-1, K, L)                    # (P, K, L)
-            A = advantages(G).view(-1, L)                                                  # (B, L)
-            gap, compared = uplift(G, think.view(G.shape))
-            watched = dict(reward=rewards, loglik=loglik, think=think, lines=batch.line.amax(1) + 1, gap=gap,
-                           broken=broken, length=batch.kind == LATENT, compared=compared)
+            watched = judge(part, batch, gate, pi_token, cfg)                              # (B, L) each
+            G = returns(watched["reward"], cfg.horizon, cfg.gamma).unflatten(0, (-1, K))   # (P, K, L)
+            A = advantages(G).flatten(0, 1)                                                # (B, L)
+            gap, compared = uplift(G, watched["think"].view(G.shape))
+            watched |= dict(gap=gap, compared=compared, lines=batch.line.amax(1) + 1)
+            watched["length"] = batch.kind == LATENT
             sums.update({name: watched[name].sum().item() for name in names})
             yield reinforce_loss(elbo.log_q(gate, token, batch), A, batch) + cfg.e_anchor * anchor
 
@@ -113,6 +106,20 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: tiktoken.Encoding, openers: Tensor
                 uplift=sums["gap"] / max(sums["compared"], 1), grad_norm=norm, tokens=sums["tokens"])
 
 
+def judge(traces: list[Trace], batch: Batch, gate: Tensor, pi_token: Tensor, cfg: EStepConfig) -> dict:
+    """Of each line, (B, L): loglik by pi, think, broken, and the reward that they make (`elbo.line_rewards`).
+
+    gate: q's and pi_token: pi's, (B, T - 1) each, of `elbo.score`. The reward carries no gradient.
+    """
+    L = int(batch.line.max()) + 1
+    loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                                  # (B, L)
+    think, broken = decisions(traces, L, pi_token.device)
+    price = dict(c=cfg.c, beta=cfg.beta, p_think=cfg.p_think, broken_cost=cfg.broken_cost, floor=cfg.floor)
+    opening = elbo.opening_gate(gate.detach(), batch, L)
+    reward = elbo.line_rewards(loglik, think, broken, *opening, **price)
+    return dict(loglik=loglik, think=think, broken=broken, reward=reward)
+
+
 def returns(rewards: Tensor, horizon: int, gamma: float) -> Tensor:
     """G_t = sum_{j < horizon} gamma^j r_{t+j}: (..., L) -> (..., L), lines past the end counting 0."""
     L, out = rewards.shape[-1], torch.zeros_like(rewards)
@@ -122,8 +129,7 @@ def returns(rewards: Tensor, horizon: int, gamma: float) -> Tensor:
 
 
 def advantages(G: Tensor) -> Tensor:
-    """G_t - b_t with b_t the mean of the other versions' returns at the same line: (P, K, L) -> (P, K, L), K
-    >= 2.
+    """G_t - b_t, b_t the mean of the K - 1 other versions' returns at line t: (P, K, L) -> (P, K, L).
 
     Leaving a version's own return out of its baseline keeps the gradient unbiased.
     """
@@ -132,8 +138,7 @@ def advantages(G: Tensor) -> Tensor:
 
 
 def uplift(G: Tensor, think: Tensor) -> tuple[Tensor, Tensor]:
-    """What thinking earns: mean return of the versions that think before a line minus that of those that do
-    not.
+    """What thinking earns: mean return of the versions that think before a line, less that of the others.
 
     G, think: (P, K, L). Returns its sum over the lines where there are both kinds, and their number.
     """
@@ -153,8 +158,7 @@ def decisions(traces: list[Trace], n_lines: int, device=None) -> tuple[Tensor, T
 
 
 def reinforce_loss(log_q: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
-    """-sum over q's decisions of log q(decision) times the advantage of its line; divide by the number of
-    rollouts.
+    """-sum over q's decisions of log q(decision) A_line; divide by the number of rollouts.
 
     log_q: (B, T - 1) from `elbo.log_q`; advantage: (B, L).
     """
@@ -245,7 +249,7 @@ class _Version:
             self.t, self.comments, self.spent, self.forced = self.t + 1, 0, 0, False
         return NO_GATE
 
-    def write(self, token: int, enc: tiktoken.Encoding, cfg: EStepConfig, gate: int = NO_GATE) -> bool:
+    def write(self, token: int, enc: Encoding, cfg: EStepConfig, gate: int = NO_GATE) -> bool:
         """Add a token to the comment line; is it still open? One that breaks the format is closed."""
         self.latent.append(token)
         self.trace.add([token], LATENT, self.t, gate)
@@ -268,7 +272,7 @@ class _Version:
 
 
 @torch.no_grad()
-def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: list, openers: Tensor,
+def rollout(model: GPT, enc: Encoding, programs: list[Program], seeds: list, openers: Tensor,
             cfg: EStepConfig, batch_size: int = 256) -> list[Trace]:
     """Infuse each program with latents drawn from q at temperature 1: one Trace each (repeat one for more).
 
@@ -281,12 +285,12 @@ def rollout(model: GPT, enc: tiktoken.Encoding, programs: list[Program], seeds: 
         return [p.trace() for p in programs]
     rows = [_Version(p, seed) for p, seed in zip(programs, seeds, strict=True)]
     with autocast(model.device):
-        for part in chunks(rows, batch_size):
+        for part in bar(chunks(rows, batch_size), "roll out"):
             infuse_batch(model, enc, part, openers.to(model.device), cfg)
     return [r.trace for r in rows]
 
 
-def infuse_batch(model: GPT, enc: tiktoken.Encoding, rows: list[_Version], openers: Tensor, cfg: EStepConfig):
+def infuse_batch(model: GPT, enc: Encoding, rows: list[_Version], openers: Tensor, cfg: EStepConfig):
     """Complete the traces of some versions."""
     # Versions of one program begin alike: their first pass is one row of the cache.
     distinct = {id(r.program): r for r in rows}
@@ -334,14 +338,12 @@ def score_lines(model: GPT, cache: KVCache, rows: list[_Version], openers: Tenso
 
 
 def next_token(model: GPT, x: Tensor, rows: int = 256):
-    """The distributions (n, V) after the states (N, D), some rows at a time: in float64 a real vocabulary is
-    large.
-    """
+    """The distributions (n, V) after the states (N, D), n at a time: float64 takes much memory."""
     return (model.unembed(part).double().softmax(-1) for part in x.split(rows))
 
 
 def write_comments(model: GPT, cache: KVCache, rows: list[_Version], states: Tensor, gates: list[int],
-                   enc: tiktoken.Encoding, openers: Tensor, cfg: EStepConfig):
+                   enc: Encoding, openers: Tensor, cfg: EStepConfig):
     """Decode the comment line that each row has just opened; states: (B, D) at the gates.
 
     Leaves the cache with what it has seen of each row: all but its last sampled token and a forced closing.
@@ -367,9 +369,7 @@ def write_comments(model: GPT, cache: KVCache, rows: list[_Version], states: Ten
 
 
 def rollout_tokens(trace: Trace) -> int:
-    """Tokens that a rollout puts through the model: the program once, and what follows each comment line once
-    more.
-    """
+    """Tokens that a rollout puts through the model: a program, and what follows each comment once more."""
     cost, after = len(trace.tokens), 0
     for token_kind, gate in zip(reversed(trace.kind), reversed(trace.gate)):
         after += token_kind == ACTION
@@ -378,9 +378,7 @@ def rollout_tokens(trace: Trace) -> int:
 
 
 def without_broken(trace: Trace) -> Trace:
-    """The trace with its malformed rationales cut out: those lines stand after `<act>`. What the M-step
-    learns from.
-    """
+    """The trace with its malformed rationales cut out: those lines stand after `<act>`."""
     out = Trace()
     for token, kind, line, gate in zip(trace.tokens, trace.kind, trace.line, trace.gate):
         if line not in trace.broken or kind == ACTION:
@@ -389,7 +387,8 @@ def without_broken(trace: Trace) -> Trace:
 
 
 @torch.no_grad()
-def select(pi: GPT, program: Program, versions: list[Trace], openers: Tensor, cfg: EStepConfig, seed) -> Trace:
+def select(pi: GPT, program: Program, versions: list[Trace], openers: Tensor, cfg: EStepConfig,
+           seed) -> Trace:
     """One trace out of versions of a program and of the plain one: what pays, piece by piece.
 
     A piece begins where most versions think. It is taken from a version with probability ~ exp(reward / tau),
@@ -398,16 +397,14 @@ def select(pi: GPT, program: Program, versions: list[Trace], openers: Tensor, cf
     """
     versions = [program.trace(), *versions]
     batch, L = elbo.collate(versions, pi.device), len(program.lines)
-    _, token = elbo.score(elbo.logits_of(pi, batch), batch, openers)
-    loglik = elbo.by_line(elbo.log_pi(token, batch), batch, L)                                     # (K, L)
-    think, broken = decisions(versions, L, pi.device)
-    rewards = elbo.line_rewards(loglik, think, broken, loglik, think & False, c=cfg.c, beta=0.0, p_think=0.5,
-                                broken_cost=1e3, floor=cfg.floor)                                  # (K, L)
-    begins = [t for t in range(L) if t == 0 or think[:, t].float().mean() > 0.5]
+    gate, token = elbo.score(elbo.logits_of(pi, batch), batch, openers)
+    judged = judge(versions, batch, gate, token, replace(cfg, beta=0.0, broken_cost=1e3))
+    think, reward = judged["think"].float(), judged["reward"]                                      # (K, L)
+    begins = [t for t in range(L) if t == 0 or think[:, t].mean() > 0.5]
     rng, out = np.random.default_rng(seed), Trace()
     out.add(program.prompt, PROMPT)
     for begin, end in pairwise([*begins, L]):
-        odds = (rewards[:, begin:end].sum(1) / cfg.tau).softmax(0).double().cpu()                  # (K,)
+        odds = (reward[:, begin:end].sum(1) / cfg.tau).softmax(0).double().cpu()                   # (K,)
         chosen = versions[rng.choice(len(versions), p=(odds / odds.sum()).numpy())]
         for token, kind, line, gate in zip(chosen.tokens, chosen.kind, chosen.line, chosen.gate):
             if begin <= line < end:
@@ -427,9 +424,7 @@ def demo():
     traces = shown + drawn + listed
     batch = elbo.collate(traces)
     gate, token, pi_token, _ = likelihoods(q, q, batch, openers)
-    loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, 3)
-    r = elbo.line_rewards(loglik, *decisions(traces, 3), *elbo.opening_gate(gate.detach(), batch, 3),
-                          c=0.05, beta=0.1, p_think=0.5, broken_cost=0.5)                          # (B, 3)
+    r = judge(traces, batch, gate, pi_token, EStepConfig())["reward"]                              # (B, 3)
     G = returns(r, horizon=3, gamma=1.0)
     for trace, *rows in zip(shown, r, G, advantages(G[None, :8])[0]):
         numbers = [[round(x, 2) for x in row.tolist()] for row in rows]

@@ -11,7 +11,6 @@ that programs are read from (`corpus`).
 """
 import ast
 import math
-import re
 import sysconfig
 import warnings
 from dataclasses import dataclass
@@ -269,8 +268,6 @@ def find_files(path: Path) -> list[Path]:
 def pieces(text: str, limit: int, size: Callable[[str], int], comments: bool) -> list[str]:
     """A program, cut between top-level statements into texts of at most `limit`; [] if it is not Python."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip() + "\n"
-    if re.search(r"\s{2000}", text):                         # tiktoken's pattern fails on such a run
-        return []
     try:
         text = text if comments else strip_comments(text)
         with warnings.catch_warnings():

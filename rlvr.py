@@ -1,5 +1,4 @@
-"""RL with verifiable rewards: GRPO on problems with tests (paper, section 3; Shao et al. 2024; Yu et al.
-2025, DAPO).
+"""RLVR: GRPO on problems with tests (paper, section 3; Shao et al. 2024; DAPO, Yu et al. 2025).
 
 The policy writes a group of programs for each problem, the sandbox runs them against the tests, and
 

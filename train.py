@@ -239,8 +239,7 @@ def e_step(run: "Run", stage: str, q: GPT, data: "Data", experts: list[Program])
 
 
 def infuse(run: "Run", q, pi, data: "Data", experts: list[Program], cfg, tag: str) -> tuple[list, list]:
-    """Traces of the experts' programs, with the rationales of q that pay by pi, and of the held-out programs,
-    as q draws them."""
+    """Traces of the experts' programs, with what pays by pi (`estep.select`), and of the held-out ones."""
     model, pi, cfg = run.load(q), run.load(pi), dataclasses.replace(cfg, explore=0.0)
 
     def draw(what: str, programs: list[Program]) -> list[Trace]:

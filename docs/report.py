@@ -44,7 +44,7 @@ ARMS = {
 DIFFERENCES = {"ra3-base": "RA3 - base", "ra3-ntp": "RA3 - NTP", "ra3-ntp-long": "RA3 - NTP, RA3's compute"}
 # Their columns: {number of a record: title}, in percent where FORMATS names nothing else.
 SCORES = {"greedy": "greedy pass@1", "pass@1": "pass@1 (T=1)", "pass@5": "pass@5 (T=1)"}
-SCORES |= {"nll": "nats per action token"}
+SCORES |= {"hard": "longer problems, pass@1 (T=1)", "nll": "nats per action token"}
 RATES = {"think": "lines", "think_needed": "steps with a constant to work out", "think_other": "other steps"}
 COST = {"seconds": "seconds", "tokens": "tokens through the model (in training: three times)"}
 COST |= {"peak_gb": "GB of the GPU so far, at most"}
@@ -142,7 +142,7 @@ def text_of(enc, trace: Trace, kinds: tuple, lines) -> str:
     """The text of the trace's tokens of these kinds and lines."""
     places = zip(trace.tokens, trace.kind, trace.line)
     text = enc.decode([token for token, kind, line in places if kind in kinds and line in lines])
-    special = "|".join(map(re.escape, enc.special_tokens_set))
+    special = "|".join(map(re.escape, enc._special_tokens))
     return re.sub(special, "", text).rstrip()
 
 

@@ -398,6 +398,43 @@ def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
         assert sum(clean.thinks()) == sum(t.thinks()) - len(t.broken)
 
 
+def test_a_selected_program_takes_each_piece_from_a_version_by_what_paid_there(enc):
+    """Odds and pieces against those by hand: rewards without the gate's KL, cuts where most versions think."""
+    pi, openers, p = tiny(2), elbo.opener_mask(enc), program(enc)
+    cfg = estep.EStepConfig(c=0.3, tau=0.5, beta=5.0, floor=3.0)
+
+    def version(*rationales: list[int], broken=()) -> Trace:
+        t = Trace(broken=set(broken))
+        t.add(p.prompt, PROMPT)
+        for line, rationale in enumerate(rationales):
+            t.add(rationale, LATENT, line, FREE)
+            t.add(p.lines[line], ACTION, line, FREE)
+        return t
+    a, x, aa = [0, 2, 1], [0, 3, 1], [0, 2, 2, 1]
+    for versions, pieces in (([version(a, x), version(x, aa), version(aa, a), version(a, [], broken=[1])], [(0, 1), (1, 2)]),
+                             ([version(a, []), version(x, [])], [(0, 2)]),
+                             ([version(a, x), version(x, aa), version(aa, [])], [(0, 2)])):       # 2 of 4: not most
+        every, asked = [p.trace(), *versions], []
+
+        def choice(n, p):
+            asked.append(p)
+            return (n, 2 * n - 1)[len(asked) - 1] % len(every)                                 # the first, the last
+        with mock.patch.object(estep.np.random, "default_rng", lambda seed: mock.Mock(choice=choice)):
+            out = estep.select(pi, p, versions, openers, cfg, 0)
+        tokens = list(p.prompt)
+        for (begin, end), odds, k in zip(pieces, asked, (0, -1), strict=False):
+            reward = []
+            for t in every:
+                logp = scores(pi, [t], openers)[2][0].detach()
+                own = [torch.tensor([i for i, (k, n) in enumerate(zip(t.kind, t.line)) if (k, n) == (ACTION, line)]) - 1
+                       for line in range(begin, end)]
+                paid = sum(max(logp[i].sum().item(), -3.0) for i in own) - 0.3 * sum(t.thinks()[begin:end])
+                reward.append(paid - 1e3 * any(begin <= line < end for line in t.broken))
+            assert odds == pytest.approx(torch.tensor(reward).div(0.5).softmax(0).numpy(), abs=1e-4)
+            tokens += [x for x, n in zip(every[k].tokens, every[k].line) if begin <= n < end]
+        assert len(asked) == len(pieces) and out.tokens == tokens
+
+
 def test_the_trust_region_is_zero_at_pi_and_blind_to_the_gate(enc):
     model, openers = tiny(1), elbo.opener_mask(enc)
     batch = elbo.collate([program(enc).trace()])

@@ -105,7 +105,7 @@ def whole(tmp_path):
 
 def test_one_run_is_shown_in_its_own_folder_with_all_figures(whole, capsys):
     numbers, text, printed = run_report(capsys, whole)
-    assert "| RA3 | 87.5% | 40.0% | 60.0% | 0.0200 | 1 |" in printed and "| RA3 + RLVR | 50.0%" in printed
+    assert "| RA3 | 87.5% | 40.0% | 60.0% |  | 0.0200 | 1 |" in printed and "| RA3 + RLVR | 50.0%" in printed
     for part in ("Figure 1", "Figure 2", "Figures 3 and 4", "Figure 5", "Cost", "Held-out problems: 72."):
         assert part in text
     assert f"| {whole} | 0 | abc123 | 3.11.7 | 2.13 | 2 | None |" in text

@@ -215,7 +215,7 @@ def test_an_rl_step_is_what_the_formula_says():
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     with attempts(drawn, PASSED):
         stats = rlvr.rl_update(model, optimizer, ENC, PROBLEMS, seeds, None, RL, micro_batch=4)
-    loss, live, trained = 0.0, 0, 0
+    loss, live, trained, ratios = 0.0, 0, 0, []
     for i, s in enumerate(drawn):
         group, prompt = PASSED[i // K * K:][:K], ENC.encode(PROBLEMS[i // K].prompt)
         if sum(group) in (0, K):
@@ -225,11 +225,13 @@ def test_an_rl_step_is_what_the_formula_says():
         for lp, token, old in zip(logp, s.tokens, s.logprobs):
             ratio = (lp[token] - old).exp()
             loss -= torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+            ratios.append(ratio.item())
         live, trained = live + len(s.tokens), trained + len(prompt + s.tokens)
     check_step(before, model, loss / live, stats.pop("grad_norm"))
     total = sum(len(s.tokens) for s in drawn)
     assert stats == pytest.approx(dict(
         reward=6 / 12, signal=2 / 4, truncated=sum(not s.stopped for s in drawn) / 12, length=total / 12,
+        ratio=sum(abs(r - 1) for r in ratios) / live, clipped=sum(not 0.8 <= r <= 1.28 for r in ratios) / live,
         entropy=-sum(sum(s.logprobs) for s in drawn) / total, tokens=total + 3 * trained))
     moved = copy.deepcopy(model)
     with attempts(drawn, [1] * 12):                                        # all groups dead
