@@ -55,7 +55,7 @@ MEMORY_MB = 2048           # that a child may allocate beside the modules
 ANSWER_MB = 4              # size of its answers
 GRACE_S, PATIENCE = 2, 4   # its CPU seconds: these, and so many times those of the reference
 WALL_S = 50                # its wall time, should it sleep
-BUDGET = 3_000_000         # tokens of the open exercise: half of what RA3 takes by default
+BUDGET = 3_000_000         # tokens of the open exercise; RA3 takes 6.9M by default
 
 # ------------------------------------------------------------------------------------------- a student's copy
 
