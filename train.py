@@ -247,17 +247,20 @@ def infuse(run: "Run", q, pi, data: "Data", experts: list[Program], cfg, tag: st
         how = data.openers, cfg, run.s.run.sample_batch
         return estep.rollout(model, data.enc, run.mine(programs), seeds, *how)
 
-    def draw_experts() -> dict:
+    def draw_and_select() -> dict:
         names = ["experts" + tag + (f" {k}" if k else "") for k in range(max(cfg.draws, 1))]
-        drawn = [draw(name, experts) for name in mstep.bar(names, "infuse")]
-        train.extend(drawn[0])
-        for n, i in enumerate(run.mine(range(len(experts))) if cfg.draws else ()):
-            versions, seed = [draw[n] for draw in drawn], run.draw("select" + tag, i)
-            train[n] = estep.select(pi, experts[i], versions, data.openers, cfg, seed)
-        return mstep.total({"tokens": sum(estep.rollout_tokens(t) for part in drawn for t in part)})
+        drawn = list(zip(*(draw(name, experts) for name in mstep.bar(names, "infuse"))))   # versions of each
+        tokens = sum(estep.rollout_tokens(t) for versions in drawn for t in versions)
+        for i, versions in zip(run.mine(range(len(experts))), drawn):
+            if cfg.draws:
+                tokens += len(experts[i]) + sum(len(t.tokens) for t in versions)                   # pi, once
+                seed = run.draw("select" + tag, i)
+                versions = [estep.select(pi, experts[i], versions, data.openers, cfg, seed)]
+            train.append(versions[0])
+        return mstep.total({"tokens": tokens})
     train: list[Trace] = []
-    if not run.once("cost/infuse" + tag, draw_experts):
-        draw_experts()                               # again, of a run that was stopped since
+    if not run.once("cost/infuse" + tag, draw_and_select):
+        draw_and_select()                            # again, of a run that was stopped since
     drawn = train, draw("heldout", data.heldout)
     train, heldout = (run.gather([estep.without_broken(t) for t in traces]) for traces in drawn)
     text = "".join(json.dumps(vars(trace) | {"broken": []}) + "\n" for trace in heldout)

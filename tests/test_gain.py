@@ -196,13 +196,14 @@ def write_run(folder: Path, n: int, warm_steps: int = 0):
     s.run.model, s.run.seed, s.run.warm_steps = str(ROOT / "base"), 3, warm_steps
     s.run.context, s.run.sample_batch = 150, 7
     s.e.explore, s.e.max_rationale, s.e.max_comments, s.e.rationales = 0.5, 12, 2, "always"
+    s.e.draws = 0
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"settings": s.flat(), "unfit": {}}))
     enc = load_tokenizer(ROOT / "base")
     problems = train.bench.world("eval", n, 0)
     heldout = [elbo.parse(enc, p.prompt, p.solution, enc.eot_token) for p in problems]
     data = SimpleNamespace(enc=enc, openers=elbo.opener_mask(enc), heldout=heldout)
-    train.infuse(train.Run(s, folder, enc), s.run.model, data, [], s.e, "")
+    train.infuse(train.Run(s, folder, enc), s.run.model, s.run.model, data, [], s.e, "")
 
 
 def read_traces(folder: Path) -> list[Trace]:

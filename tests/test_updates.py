@@ -341,7 +341,7 @@ def steps_of(loop, folder, *args, seed=0, stage="stage", rank=0, ranks=1) -> lis
     """What a loop gives to its update, step by step: the items, each with its seeds, and the rate."""
     run, model, seen = new_run(folder / f"{stage}{seed}{rank}{ranks}", "--seed", str(seed)), tiny(0), []
     run.rank, run.ranks = rank, ranks
-    data = SimpleNamespace(enc=ENC, openers=MASK, box=None, rl_problems=list(range(40)))
+    data = SimpleNamespace(enc=ENC, openers=MASK, box=None, rl_problems=list(range(40)), eval_problems=[])
 
     def update(q, *args, **batches):
         items, *seeds = [a for a in args if type(a) is list]
@@ -393,14 +393,14 @@ def test_infusion_is_qs_own_and_cuts_out_what_breaks_the_format(tmp_path):
     run, q, seen, sampled = new_run(tmp_path), tiny(0), [], estep.rollout
 
     def rollout(model, enc, programs, seeds, openers, cfg, batch_size):
-        assert model is q and cfg == dataclasses.replace(E, explore=0.0)
+        assert model is q and cfg == dataclasses.replace(E, explore=0.0, draws=0)
         seen.append(([tuple(seed) for seed in seeds], sampled(model, enc, programs, seeds, openers, cfg)))
         return seen[-1][1]
     data = SimpleNamespace(enc=ENC, openers=MASK, heldout=PROGRAMS)
     with mock.patch.object(estep, "rollout", rollout), mock.patch.object(run, "load", {"q": q}.get):
         given = []
         for tag in ("", ".2"):
-            given += train.infuse(run, "q", data, PROGRAMS * 5, E, tag)
+            given += train.infuse(run, "q", "pi", data, PROGRAMS * 5, dataclasses.replace(E, draws=0), tag)
     seeds = [seed for its, _ in seen[:3] for seed in its]              # experts, held-out, the next experts
     assert len(set(seeds)) == len(seeds) == 15 + 3 + 15
     for (_, raw), clean in zip(seen, given, strict=True):
@@ -413,16 +413,39 @@ def test_infusion_is_qs_own_and_cuts_out_what_breaks_the_format(tmp_path):
     assert shown == [t.tokens for t in given[1]]
 
 
+def test_programs_are_selected_by_pi_from_draws_that_are_all_new_and_held_out_ones_are_not(tmp_path):
+    run, seen, chosen, models = new_run(tmp_path), [], [], dict(q=tiny(0), pi=tiny(1))
+
+    def rollout(model, enc, programs, seeds, openers, cfg, batch_size):
+        assert model is models["q"]
+        seen.append([tuple(seed) for seed in seeds])
+        return [p.trace() for p in programs]
+
+    def select(pi, program, versions, openers, cfg, seed):
+        assert pi is models["pi"] and [v.tokens for v in versions] == [program.trace().tokens] * 2
+        chosen.append(tuple(seed))
+        return PROGRAMS[1].trace()
+    data = SimpleNamespace(enc=ENC, openers=MASK, heldout=PROGRAMS)
+    with (mock.patch.object(estep, "rollout", rollout), mock.patch.object(estep, "select", select),
+          mock.patch.object(run, "load", models.get)):
+        given, heldout = train.infuse(run, "q", "pi", data, PROGRAMS, dataclasses.replace(E, draws=2), "")
+    assert [t.tokens for t in given] == [PROGRAMS[1].trace().tokens] * 3
+    assert [t.tokens for t in heldout] == [p.trace().tokens for p in PROGRAMS]
+    assert len({*sum(seen, []), *chosen}) == 3 * 3 + 3                  # two draws, the held-out ones, selection
+    [cost] = [r for r in run.records if r.get("key") == "cost/infuse"]
+    assert cost["tokens"] == sum(len(p) for p in PROGRAMS) * (2 + 3)    # q's rollouts; pi reads the plain program too
+
+
 def test_accuracy_is_of_one_greedy_sample_or_of_several_at_temperature_1(tmp_path):
     run, seen = new_run(tmp_path), []
 
     def attempt(model, enc, asked, seeds, box, *, temperature, max_new_tokens, batch_size):
         seen.append((asked, temperature, len({tuple(seed) for seed in seeds})))
         return None, [p == "b" or (p == "a" and i < 2) for i, p in enumerate(asked)]
-    data = SimpleNamespace(enc=ENC, box=None, eval_problems=["a", "b", "c"])
+    data, problems = SimpleNamespace(enc=ENC, box=None), ["a", "b", "c"]
     with mock.patch.object(bench, "attempt", attempt):                     # a: 2 of 5; b: all
-        assert train.accuracy(run, None, data, 2) == {"pass@1": 1.0}
-        several = train.accuracy(run, None, data, 9, 5)
+        assert train.accuracy(run, None, data, problems[:2]) == {"pass@1": 1.0}
+        several = train.accuracy(run, None, data, problems, 5)
     assert several == pytest.approx({"pass@1": (2 / 5 + 1 + 0) / 3, "pass@5": 2 / 3})
     assert seen == [(["a", "b"], 0.0, 2), (["a"] * 5 + ["b"] * 5 + ["c"] * 5, 1.0, 15)]
 
@@ -438,8 +461,8 @@ def test_the_story_is_the_papers():
     data = SimpleNamespace(experts=PROGRAMS, heldout=PROGRAMS[:1], warm=["w"])
     data.read_experts = {1: PROGRAMS[:2]}.get
 
-    def infuse(run, q, data, experts, cfg, tag):
-        return [f"{cfg.rationales} by {q}: {len(experts)}"], ["held-out by " + q]
+    def infuse(run, q, pi, data, experts, cfg, tag):
+        return [f"{cfg.rationales} by {q} for {pi}: {len(experts)}"], ["held-out by " + q]
     with (mock.patch.object(train, "infuse", infuse),
           mock.patch.object(train, "evaluate", lambda run, name, data: name)):
         train.experiment(run, data)
@@ -448,8 +471,8 @@ def test_the_story_is_the_papers():
     assert stages == {
         "warm": ("cold", m, data, ["w"], plain[:1], 7),
         "estep": ("warm", e, data, PROGRAMS), "estep.2": ("ra3", e, data, PROGRAMS[:2]),
-        "ra3": ("estep", m, data, ["learned by estep: 3"], ["held-out by estep"], 100),
-        "ra3.2": ("estep.2", m, data, ["learned by estep.2: 2"], ["held-out by estep.2"], 100),
+        "ra3": ("estep", m, data, ["learned by estep for warm: 3"], ["held-out by estep"], 100),
+        "ra3.2": ("estep.2", m, data, ["learned by estep.2 for ra3: 2"], ["held-out by estep.2"], 100),
         "ntp": ("warm", m, data, plain, plain[:1], 100), "ntp.2": ("ntp", m, data, plain[:2], plain[:1], 100),
         "ntp-long": ("warm", m, data, plain, plain[:1], 300),
         "ntp-long.2": ("ntp-long", m, data, plain[:2], plain[:1], 300),
