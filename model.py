@@ -421,6 +421,8 @@ def find_model(name, *patterns: str) -> Path:
                           f"({type(e).__name__}: {shorten(str(e), 200)}): check the spelling and the "
                           "connection; for one that is gated or private accept its terms there, and run "
                           "`hf auth login`") from None
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{name} is an adapter (LoRA), not a model: merge it into its base model first")
     return folder
 
 
@@ -499,14 +501,26 @@ def read_config(folder: Path) -> GPTConfig:
                 raise ValueError(f"{key} {hub.get(key)!r} is not supported, only {known}")
         hub["num_key_value_heads"] = hub.get("num_key_value_heads") or hub["num_attention_heads"]
         hub["head_dim"] = hub.get("head_dim") or hub["hidden_size"] // hub["num_attention_heads"]
-        ends = hub["eos_token_id"]
-        hub["eos_token_id"] = ends[0] if isinstance(ends, list) else int(ends)
+        hub["eos_token_id"] = find_eos(folder)
         cfg = GPTConfig(**{ours: hub[theirs] for ours, theirs in HUB_NAMES.items()})
         cfg.rope_theta = float(rope["rope_theta"])
         if hub["rope_type"] == "llama3":
             cfg.rope_scaling = {key: rope[key] for key in LLAMA3_SCALING}
     cfg.qkv_bias, cfg.qk_norm = hub["model_type"] == "qwen2", hub["model_type"] == "qwen3"
     return cfg
+
+
+def find_eos(folder: Path) -> int:
+    """The token that ends a document, the first of several, by the first file that names one."""
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        spec = read_json(folder / name) if (folder / name).exists() else {}
+        found = spec.get("eos_token_id", spec.get("eos_token"))
+        if isinstance(found, (str, dict)):           # a tokenizer's: its text, or an object that holds it
+            text = found if isinstance(found, str) else found["content"]
+            found = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(text)
+        if found is not None:
+            return found[0] if isinstance(found, list) else int(found)
+    raise ValueError("eos_token_id is missing, in generation_config.json too, and the tokenizer names none")
 
 
 def write_config(cfg: GPTConfig, dtype: torch.dtype) -> dict:
@@ -577,7 +591,7 @@ class Encoding:
 
 def load_tokenizer(name) -> Encoding:
     """The tokenizer of a model, a folder or a hub name. Raises OSError if there is none, else as Encoding."""
-    return Encoding(find_model(name, *TOKENIZER_FILES) / "tokenizer.json")
+    return Encoding(find_model(name, "*config.json", *TOKENIZER_FILES) / "tokenizer.json")
 
 
 def encode_prompt(enc, text: str) -> list[int]:
