@@ -111,10 +111,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if store is None:
-            q = q.transpose(1, 2)                                                          # (B, H, T, C)
-            k = k.repeat_interleave(H // K, dim=2).transpose(1, 2)
-            v = v.repeat_interleave(H // K, dim=2).transpose(1, 2)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            if mask is not None:        # a GPU's kernels that take a mask cannot share keys among heads
+                k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))                               # (B, H or K, T, C)
+            causal = mask is None
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=causal)
         else:
             # Few queries, a long cache: copying its keys for each head takes half of the time of decoding. So
             # the heads that share a key stand in line as further queries of that key.

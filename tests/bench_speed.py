@@ -66,7 +66,7 @@ def compare(what: str, amount: int | None, rounds: int, contenders: dict, clock=
     for name, theirs in speeds.items():
         ratios = [a / b for a, b in zip(ours, theirs)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {what} | {name} | {statistics.median(theirs):,.1f} | {ratio} |", flush=True)
+        print(f"| {what} | {name} | {statistics.median(theirs):,.2f} | {ratio} |", flush=True)
 
 
 def peers(contenders: dict, name: str, module: str, make):
@@ -98,9 +98,9 @@ def products(model: GPT, rows: int, backward: bool = False):
 
 
 def train(rounds: int):
-    """Forward, backward, clipping and AdamW, of the kind that each one's own trainer makes."""
+    """Forward, backward, clipping and AdamW: fused, as our and `transformers`' trainer make it; nanoGPT's own."""
     width, layers, V, B, T = (768, 12, 50_304, 16, 1024) if CUDA else (384, 6, 512, 8, 256)
-    heads, how = width // 64, dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01)
+    heads, how = width // 64, dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     ours = GPT(GPTConfig(V, width, layers, heads, heads, 64, 64 * round(width / 24), context=T)).to(DEVICE)
     x = torch.randint(0, V, (B, T + 1), device=DEVICE)
     x, target = x[:, :-1].contiguous(), x[:, 1:].contiguous()
@@ -117,7 +117,7 @@ def train(rounds: int):
 
     def transformers():
         model = hugging(ours)
-        return contender(model, torch.optim.AdamW(model.parameters(), fused=True, **how), loss)
+        return contender(model, torch.optim.AdamW(model.parameters(), **how), loss)
 
     def nanogpt():
         spec = importlib.util.spec_from_file_location("nano", Path(os.environ["NANOGPT"], "model.py"))
