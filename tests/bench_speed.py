@@ -98,7 +98,7 @@ def products(model: GPT, rows: int, backward: bool = False):
 
 
 def train(rounds: int):
-    """Forward, backward, clipping and AdamW: fused, as our and `transformers`' trainer make it; nanoGPT's own."""
+    """Forward, backward, clipping and AdamW: fused, as train.py and `transformers` make it; nanoGPT's own."""
     width, layers, V, B, T = (768, 12, 50_304, 16, 1024) if CUDA else (384, 6, 512, 8, 256)
     heads, how = width // 64, dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     ours = GPT(GPTConfig(V, width, layers, heads, heads, 64, 64 * round(width / 24), context=T)).to(DEVICE)
