@@ -11,8 +11,6 @@ the names of the Hugging Face checkpoints: what is trained here opens in `transf
     python model.py                             # continues a small problem with the shipped base
     python model.py --model Qwen/Qwen2.5-1.5B --prompt "def fibonacci(n):" --temperature 0.8
 
-On a GPU products are bfloat16 (`autocast`), whatever the weights are kept in.
-
 Shapes: B rows, T new tokens, S cached positions, D width, H query heads, K key/value heads, C width of a
 head, V vocabulary.
 """
@@ -111,10 +109,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if store is None:
-            q = q.transpose(1, 2)                                                          # (B, H, T, C)
-            k = k.repeat_interleave(H // K, dim=2).transpose(1, 2)
-            v = v.repeat_interleave(H // K, dim=2).transpose(1, 2)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            if mask is not None:        # a GPU's kernels that take a mask cannot share keys among heads
+                k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))                               # (B, H or K, T, C)
+            how = dict(is_causal=True, enable_gqa=True) if mask is None else dict(attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, **how)
         else:
             # Few queries, a long cache: copying its keys for each head takes half of the time of decoding. So
             # the heads that share a key stand in line as further queries of that key.
@@ -150,7 +149,7 @@ class Block(nn.Module):
 
 
 def autocast(device: torch.device):
-    """bfloat16 products on a GPU. Its casts of the weights last as long as the outermost such context."""
+    """bfloat16 products on a GPU, of any weights, whose casts last as long as the outermost such context."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -208,10 +207,9 @@ class GPT(nn.Module):
             x = self.embed_tokens(tokens)                                                  # (B, T, D)
             for i, block in enumerate(self.layers):
                 store = partial(cache.store, i, pos, end) if cache else None
-                if self.grad_checkpoint and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rope, mask, store, use_reentrant=False)
-                else:
-                    x = block(x, rope, mask, store)
+                recompute = self.grad_checkpoint and torch.is_grad_enabled()
+                run = partial(checkpoint, block, use_reentrant=False) if recompute else block
+                x = run(x, rope, mask, store)
             x = self.norm(x)
             x = x if at is None else x[at]                                             # (B, T, D) or (N, D)
             return self.unembed(x) if head else x
@@ -421,6 +419,8 @@ def find_model(name, *patterns: str) -> Path:
                           f"({type(e).__name__}: {shorten(str(e), 200)}): check the spelling and the "
                           "connection; for one that is gated or private accept its terms there, and run "
                           "`hf auth login`") from None
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{name} is an adapter (LoRA), not a model: merge it into its base model first")
     return folder
 
 
@@ -488,18 +488,25 @@ SUPPORTED = dict(
 def read_config(folder: Path) -> GPTConfig:
     """The GPTConfig of a config.json. Raises ValueError for whatever this network does not compute."""
     file = folder / "config.json"
-    hub = {"hidden_act": "silu", "rope_theta": 10_000.0, "tie_word_embeddings": False, **read_json(file)}
+    hub = {"hidden_act": "silu", "rope_theta": 10_000.0, "tie_word_embeddings": False}
+    others = (folder / f"{name}_config.json" for name in ("tokenizer", "generation"))
+    for spec in [*filter(Path.exists, others), file]:          # what a later one says wins; null says nothing
+        hub |= {key: value for key, value in read_json(spec).items() if value is not None}
     with explain(file):
         # transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling.
-        rope = {**hub, **(hub.get("rope_scaling") or {}), **(hub.get("rope_parameters") or {})}
+        rope = {**hub, **hub.get("rope_scaling", {}), **hub.get("rope_parameters", {})}
         hub["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         for key, values in SUPPORTED.items():
             if hub.get(key) not in values:
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{key} {hub.get(key)!r} is not supported, only {known}")
-        hub["num_key_value_heads"] = hub.get("num_key_value_heads") or hub["num_attention_heads"]
-        hub["head_dim"] = hub.get("head_dim") or hub["hidden_size"] // hub["num_attention_heads"]
-        ends = hub["eos_token_id"]
+        hub.setdefault("num_key_value_heads", hub["num_attention_heads"])
+        hub.setdefault("head_dim", hub["hidden_size"] // hub["num_attention_heads"])
+        ends = hub.get("eos_token_id")
+        if ends is None and "eos_token" in hub:
+            ends = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(hub["eos_token"])
+        if ends is None:
+            raise ValueError("eos_token_id is missing, and no other file says what ends a document")
         hub["eos_token_id"] = ends[0] if isinstance(ends, list) else int(ends)
         cfg = GPTConfig(**{ours: hub[theirs] for ours, theirs in HUB_NAMES.items()})
         cfg.rope_theta = float(rope["rope_theta"])
@@ -577,7 +584,7 @@ class Encoding:
 
 def load_tokenizer(name) -> Encoding:
     """The tokenizer of a model, a folder or a hub name. Raises OSError if there is none, else as Encoding."""
-    return Encoding(find_model(name, *TOKENIZER_FILES) / "tokenizer.json")
+    return Encoding(find_model(name, "*config.json", *TOKENIZER_FILES) / "tokenizer.json")
 
 
 def encode_prompt(enc, text: str) -> list[int]:
@@ -635,12 +642,8 @@ def main(argv: list[str] | None = None):
                             temperature=args.temperature, stop=show)
     except (OSError, ValueError) as e:
         parser.error(str(e))
-    tokens = torch.tensor(prompt + sample.tokens, device=model.device)                   # (T,)
-    logits = model(tokens[None])[0, len(prompt) - 1:-1].float() / (args.temperature or 1.0)
-    losses = F.cross_entropy(logits, tokens[len(prompt):], reduction="none").cpu()
-    gap = (losses + torch.tensor(sample.logprobs)).abs().max()
-    print(f"\n\n{len(prompt)} tokens in, {len(sample.tokens)} out. Log-probabilities one by one with a KV "
-          f"cache, and in one pass without: the largest difference is {gap:.1e}.", file=sys.stderr)
+    nats = -sum(sample.logprobs) / len(sample.tokens)
+    print(f"\n\n{len(prompt)} tokens in, {len(sample.tokens)} out, {nats:.2f} nats each", file=sys.stderr)
 
 
 if __name__ == "__main__":

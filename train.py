@@ -467,7 +467,8 @@ class Run:
         return model
 
     def optimizer(self, kind, model: GPT, **options) -> mstep.Masters:
-        return mstep.Masters(kind, model.parameters(), DEVICE if self.saving < 3 else "cpu", **options)
+        device = DEVICE if self.saving < 3 else "cpu"
+        return mstep.Masters(kind, model.parameters(), device, fused=True, **options)
 
     def stage(self, name: str, start, loop, *args) -> Path:
         """Train a copy of `start` by loop(run, name, model, *args) and keep it in the folder `name`, once."""

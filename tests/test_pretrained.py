@@ -502,10 +502,39 @@ def test_folders_that_are_not_models(checkpoints, tmp_path):
     refused(ValueError, changed("d", attention_bias=True), "attention_bias True")
     refused(ValueError, changed("e", use_sliding_window=True), "use_sliding_window True")
     refused(ValueError, changed("f", quantization_config={"bits": 4}), "quantization_config")
-    refused(ValueError, changed("g", eos_token_id=None), "config.json", "NoneType")
     refused(ValueError, changed("i", rope_parameters=None, rope_scaling="linear"), "config.json", "str")
     refused(ValueError, changed("j", head_dim=None, num_attention_heads=0), "config.json", "ZeroDivisionError")
     refused(ValueError, load(edit(folder, tmp_path / "h", "config.json", lambda c: c.pop("hidden_size"))), "hidden_size")
+
+
+def test_an_adapter_is_named_as_such(tmp_path):
+    """A LoRA's folder often has a tokenizer, and never a config.json."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-1.5B"}')
+    for call in (GPT.from_pretrained, load_pretrained):
+        refused(ValueError, lambda: call(tmp_path), str(tmp_path), "is an adapter (LoRA)", "merge it")
+
+
+def test_where_the_token_that_ends_a_document_is_found(checkpoints, corpus, tmp_path):
+    """config.json, which may give a list or null or nothing; else generation_config.json; else the tokenizer."""
+    folder, _ = checkpoints["qwen3"]
+    train("qwen", corpus, 160).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+
+    def eos(said: dict, generation=None, tokenizer=None):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token_id"} | said))
+        for name, content in (("generation", generation), ("tokenizer", tokenizer)):
+            file = tmp_path / f"{name}_config.json"
+            file.unlink(missing_ok=True)
+            if content is not None:
+                file.write_text(json.dumps(content))
+        return GPT.from_pretrained(tmp_path).config.eos_id
+    null, end = dict(eos_token_id=None), dict(eos_token="<|im_end|>")
+    assert eos(dict(eos_token_id=0), dict(eos_token_id=5), end) == 0 and eos(dict(eos_token_id=[9, 7])) == 9
+    assert eos(null, dict(eos_token_id=[5, 6]), end) == eos({}, dict(eos_token_id=5), end) == 5
+    assert eos({}, None, end) == eos(null, null, end) == eos(null, {}, end) == 2
+    for said, *others in ((null,), ({}, {}, {}), (null, null, dict(eos_token=None)), ({}, None, dict(eos_token="<absent>"))):
+        refused(ValueError, lambda: eos(said, *others), "config.json", "eos_token_id is missing", "no other file")
 
 
 def test_tensors_missing_extra_and_misshapen(checkpoints, tmp_path):
@@ -583,12 +612,11 @@ def test_tokenizers_of_other_kinds(corpus, tmp_path):
 
 
 def test_a_prompt_is_continued_from_where_training_cuts_programs(checkpoints, capsys, monkeypatch):
-    """What is printed is the prompt as cut, then what `generate` draws, to the byte; and the cache's logits are those of one pass."""
+    """What is printed is the prompt as cut, then what `generate` draws, to the byte."""
     def run(prompt, *flags):
         model.main(["--max-new-tokens", "40", *(["--prompt", prompt] if prompt else []), *flags])
         printed = capsys.readouterr()
-        gap = float(printed.err.rsplit(" ", 1)[1].rstrip(".\n"))
-        assert gap < 1e-4, printed.err
+        assert " tokens in, " in printed.err
         return printed.out
     task = 'def f(xs):\n    """add 3 * 4 - 5; total"""\n'
     base, enc = load_pretrained(ROOT / "base")
