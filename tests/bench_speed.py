@@ -59,7 +59,8 @@ def compare(what: str, amount: int | None, rounds: int, contenders: dict, clock=
     for n in range(rounds + 1):
         for name, work in contenders.items():
             began = clock()
-            done = work()
+            with contextlib.redirect_stdout(sys.stderr):        # the table alone goes to stdout
+                done = work()
             if n:
                 speeds[name].append((amount or done) / (clock() - began))
     ours = next(iter(speeds.values()))
