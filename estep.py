@@ -43,6 +43,8 @@ from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, 
 from model import GPT, Decoder, Encoding, KVCache, autocast, load_pretrained, new_cache, pad, pick
 from mstep import bar, optimize, total
 
+TAU = 0.03                # nats by which a piece must pay more to be e times as likely in `select`
+
 
 @dataclass
 class EStepConfig:
@@ -65,7 +67,6 @@ class EStepConfig:
     rationales: Annotated[Literal["learned", "always", "first", "never"],
                           "where rationales stand: as q learns, at every line, the first, none"] = "learned"
     draws: Annotated[int, "versions that `select` makes a program of the M-step from; 0: one, as it is"] = 4
-    tau: Annotated[float, "nats by which a piece must be better to be e times as likely (`select`)"] = 0.03
 
 
 # ------------------------------------------------------------------------------------------------ the update
@@ -391,7 +392,7 @@ def select(pi: GPT, program: Program, versions: list[Trace], openers: Tensor, cf
            seed) -> Trace:
     """One trace out of versions of a program and of the plain one: what pays, piece by piece.
 
-    A piece begins where most versions think. It is taken from a version with probability ~ exp(reward / tau),
+    A piece begins where most versions think. It is taken from a version with probability ~ exp(reward / TAU),
     the reward being its lines' without the gate's KL (`elbo.line_rewards`). q writes before it sees the line
     that it explains; here the line has its say, as in the posterior under which Theorem 3.1 is tight.
     """
@@ -404,7 +405,7 @@ def select(pi: GPT, program: Program, versions: list[Trace], openers: Tensor, cf
     rng, out = np.random.default_rng(seed), Trace()
     out.add(program.prompt, PROMPT)
     for begin, end in pairwise([*begins, L]):
-        odds = (reward[:, begin:end].sum(1) / cfg.tau).softmax(0).double().cpu()                   # (K,)
+        odds = (reward[:, begin:end].sum(1) / TAU).softmax(0).double().cpu()                   # (K,)
         chosen = versions[rng.choice(len(versions), p=(odds / odds.sum()).numpy())]
         for token, kind, line, gate in zip(chosen.tokens, chosen.kind, chosen.line, chosen.gate):
             if begin <= line < end:

@@ -401,7 +401,7 @@ def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
 def test_a_selected_program_takes_each_piece_from_a_version_by_what_paid_there(enc):
     """Odds and pieces against those by hand: rewards without the gate's KL, cuts where most versions think."""
     pi, openers, p = tiny(2), elbo.opener_mask(enc), program(enc)
-    cfg = estep.EStepConfig(c=0.3, tau=0.5, beta=5.0, floor=3.0)
+    cfg = estep.EStepConfig(c=0.3, beta=5.0, floor=3.0)
 
     def version(*rationales: list[int], broken=()) -> Trace:
         t = Trace(broken=set(broken))
@@ -419,7 +419,8 @@ def test_a_selected_program_takes_each_piece_from_a_version_by_what_paid_there(e
         def choice(n, p):
             asked.append(p)
             return (n, 2 * n - 1)[len(asked) - 1] % len(every)                                 # the first, the last
-        with mock.patch.object(estep.np.random, "default_rng", lambda seed: mock.Mock(choice=choice)):
+        with (mock.patch.object(estep, "TAU", 0.5),
+              mock.patch.object(estep.np.random, "default_rng", lambda seed: mock.Mock(choice=choice))):
             out = estep.select(pi, p, versions, openers, cfg, 0)
         tokens = list(p.prompt)
         for (begin, end), odds, k in zip(pieces, asked, (0, -1), strict=False):
