@@ -646,8 +646,8 @@ def main(argv: list[str] | None = None):
     logits = model(tokens[None])[0, len(prompt) - 1:-1].float() / (args.temperature or 1.0)
     nats = F.cross_entropy(logits, tokens[len(prompt):], reduction="none").cpu()
     gap = (nats + torch.tensor(sample.logprobs)).abs().max()
-    print(f"\n\n{len(prompt)} tokens in, {len(sample.tokens)} out, {nats.mean():.2f} nats each; with a cache and "
-          f"in one pass without they differ by {gap:.1e} at most", file=sys.stderr)
+    print(f"\n\n{len(prompt)} tokens in, {len(sample.tokens)} out, {nats.mean():.2f} nats each; "
+          f"with a cache and in one pass without they differ by {gap:.1e} at most", file=sys.stderr)
 
 
 if __name__ == "__main__":
