@@ -236,8 +236,8 @@ WRONG = {
     "e_update": [
         ("a mean over each pass", "yield reinforce_loss(", "yield 1 / len(part) * reinforce_loss("),
         ("no trust region", "cfg.e_anchor * anchor", "0 * anchor"),
-        ("q judges itself", "log_pi(pi_token,", "log_pi(token.detach(),"),
-        ("the reward carries gradient", "gate.detach()", "gate"),
+        ("q judges itself", "gate, pi_token, cfg)", "gate, token.detach(), cfg)"),
+        ("a baseline over all programs", "advantages(G)", "advantages(G.flatten(0, 1)[None])"),
         ("no horizon", "cfg.horizon", "10 ** 6"),
     ],
 }
