@@ -90,8 +90,9 @@ def test_odd_files_are_read_as_python_reads_them(tmp_path):
 
 
 def test_a_run_of_a_million_spaces_does_not_end_a_corpus():
-    """tiktoken fails on one with a PanicException, which is no Exception."""
+    """tiktoken failed on one with a PanicException, which is no Exception."""
     enc = load_tokenizer(Path(__file__).parent.parent / "base")
-    for run in (" ", "\t", "\n"):
-        assert pieces("x = [1," + run * 1_000_000 + "2]\n", 10 ** 9, lambda text: len(enc.encode_ordinary(text)), False) == []
+    for run in (" ", "\t"):
+        text = "x = [1," + run * 1_000_000 + "2]\n"
+        assert pieces(text, 10 ** 9, lambda text: len(enc.encode_ordinary(text)), False) == [text]
     assert pieces("x = [1,      2]\n", 99, len, False) == ["x = [1,      2]\n"]

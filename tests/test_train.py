@@ -178,7 +178,7 @@ def test_bad_corpora_get_one_sentence_too(tmp_path, monkeypatch, name, text, sai
 def test_a_checkpoint_of_another_shape_is_named(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
-    for f in (ROOT / "base").iterdir():
+    for f in (ROOT / "base").glob("*.*"):
         (folder / f.name).write_bytes(f.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
