@@ -504,8 +504,9 @@ class Run:
                 name = f"state-{len(self.records)}.{self.rank}of{self.ranks}.pt"
                 save(optimizer.state_dict(), self.dir / name)
                 mstep.total({"saved": 1})                  # waits for all ranks
-                files = sorted(self.dir.glob("state-*.pt"), key=lambda file: file.stat().st_mtime)
-                for file in files[:-2 * self.ranks] if self.rank == 0 else ():
+                states = self.dir.glob("state-*.pt") if self.rank == 0 else ()    # others would see them go
+                files = sorted(states, key=lambda file: file.stat().st_mtime)
+                for file in files[:-2 * self.ranks]:
                     file.unlink()                # but the last, and the one before it should that be damaged
 
     def log(self, **record):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import pathlib
 from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
@@ -480,3 +481,14 @@ def test_the_story_is_the_papers():
     models = {"cold": "cold", "base": "warm", "ra3": "ra3.2", "ntp": "ntp.2", "ntp-long": "ntp-long.2"}
     models |= {name: name for name in ("rlvr-base", "rlvr-ra3", "rlvr-ntp")}
     assert tried == {f"eval/{name}": model for name, model in models.items()}
+
+
+def test_only_the_first_rank_looks_for_old_checkpoints(tmp_path):
+    """Another would find files that the first deletes meanwhile: a run on two ranks ended so."""
+    run = new_run(tmp_path, "--save-every", "1")
+    optimizer = run.optimizer(torch.optim.Adam, tiny(0))
+    for run.rank, run.ranks in ((0, 2), (1, 2)):
+        with mock.patch.object(pathlib.Path, "glob", return_value=[]) as glob:
+            for step in run.steps(f"stage{run.rank}", optimizer, 4, 0.1):
+                run.log(phase=f"stage{run.rank}", step=step, grad_norm=1.0)
+        assert glob.call_count == (3 if run.rank == 0 else 0)
