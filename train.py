@@ -240,7 +240,8 @@ def e_step(run: "Run", stage: str, q: GPT, data: "Data", experts: list[Program])
 
 def infuse(run: "Run", q, pi, data: "Data", experts: list[Program], cfg, tag: str) -> tuple[list, list]:
     """Traces of the experts' programs, with what pays by pi (`estep.select`), and of the held-out ones."""
-    model, pi, cfg = run.load(q), run.load(pi), dataclasses.replace(cfg, explore=0.0)
+    model, cfg = run.load(q), dataclasses.replace(cfg, explore=0.0)
+    pi = run.load(pi) if cfg.draws else None
 
     def draw(what: str, programs: list[Program]) -> list[Trace]:
         seeds = [run.draw("infuse " + what, i) for i in run.mine(range(len(programs)))]

@@ -116,7 +116,7 @@ def pretrain(folder, tokens: int, seed: int = 0, device="cpu", row_length: int =
 
     tokens: trained tokens over all ranks.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = mstep.ranks()
     enc = train_tokenizer()
     torch.manual_seed(seed)
     # Two layers, so that a chain of operations cannot be folded into one pass; wide enough for arithmetic.

@@ -52,15 +52,16 @@ class Row:
 
 
 @torch.no_grad()
-def measure(model: GPT, traces: list[Trace], openers: Tensor) -> dict[str, Tensor]:
+def measure(model: GPT, traces: list[Trace], openers: Tensor) -> dict:
     """Log-likelihoods of the traces: of tokens, (B, T - 1); by line, (B, L); of each line's opening gate."""
     batch = elbo.collate(traces, model.device)
     L = int(batch.line.max()) + 1
     gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
     log_q, log_pi = elbo.log_q(gate, token, batch), elbo.log_pi(token, batch)
     opening, free = elbo.opening_gate(gate, batch, L)
-    return dict(tokens=log_q + log_pi, log_q=elbo.by_line(log_q, batch, L),
-                log_pi=elbo.by_line(log_pi, batch, L), opening=opening, free=free)
+    return dict(batch=batch, gate=gate, token=token, tokens=log_q + log_pi,
+                log_q=elbo.by_line(log_q, batch, L), log_pi=elbo.by_line(log_pi, batch, L),
+                opening=opening, free=free)
 
 
 def explain(models: dict[str, GPT], enc, program: Program, cfg: estep.EStepConfig, seed: int):
@@ -72,20 +73,17 @@ def explain(models: dict[str, GPT], enc, program: Program, cfg: estep.EStepConfi
     openers = elbo.opener_mask(enc).to(q.device)
     seeds = [[seed, k] for k in range(K)]
     traces = estep.rollout(q, enc, [program] * K, seeds, openers, cfg)
-    ours, judged = measure(q, traces, openers), measure(pi, traces, openers)
-    think, broken = estep.decisions(traces, L, q.device)
-    rewards = elbo.line_rewards(judged["log_pi"], think, broken, ours["opening"], ours["free"], c=cfg.c,
-                                beta=cfg.beta, p_think=cfg.p_think, broken_cost=cfg.broken_cost,
-                                floor=cfg.floor)                                            # (K, L)
-    G = estep.returns(rewards, cfg.horizon, cfg.gamma)                                      # (K, L)
+    ours, theirs = measure(q, traces, openers), measure(pi, traces, openers)
+    judged = estep.judge(traces, ours["batch"], ours["gate"], theirs["token"], cfg)         # (K, L) each
+    G = estep.returns(judged["reward"], cfg.horizon, cfg.gamma)                             # (K, L)
     chosen = ours["opening"].exp()
-    opened = torch.where(think, chosen, 1 - chosen)                                         # (K, L)
+    opened = torch.where(judged["think"], chosen, 1 - chosen)                                         # (K, L)
     columns = {"think": opened.masked_fill(~ours["free"], torch.nan)}
     columns["without"] = measure(pi, [program.trace()], openers)["log_pi"].expand(K, L)
-    columns["with"] = judged["log_pi"]
+    columns["with"] = judged["loglik"]
     if "M-step" in models:
         columns["M-step"] = measure(models["M-step"], traces, openers)["log_pi"]
-    columns |= {"reward": rewards, "return": G, "advantage": estep.advantages(G[None])[0]}
+    columns |= {"reward": judged["reward"], "return": G, "advantage": estep.advantages(G[None])[0]}
     updated = copy.deepcopy(q)
     optimizer = torch.optim.Adam(updated.parameters(), lr=cfg.e_lr)
     estep.e_update(updated, pi, optimizer, enc, openers, [program], seeds, cfg)             # the same draws
