@@ -26,7 +26,7 @@ def same(a: Path, b: Path, stages=STAGES):
 def start_until(folder: Path, flags: list[str], phase: str, step: int) -> subprocess.Popen:
     """A run that has just logged this step of this phase."""
     process = subprocess.Popen(command(*flags), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     log = folder / "runs/cut/metrics.jsonl"
     while process.poll() is None and not (log.exists() and f'"phase": "{phase}", "step": {step}' in log.read_text()):
         time.sleep(0.02)
@@ -45,8 +45,9 @@ def test_stopped_damaged_and_resumed_equals_uninterrupted(whole, tmp_path):
     folder, flags = tmp_path / "runs/cut", [*SMALL, "--name", "cut", "--save-every", "1"]
     for phase, number in (("estep", signal.SIGKILL), ("ra3", signal.SIGTERM), ("rlvr-base", signal.SIGINT)):
         process = start_until(tmp_path, flags, phase, 2)
-        while phase == "estep" and not (folder / "state-3.0of1.pt").exists():         # the fourth update takes longer than a look
-            time.sleep(0.01)
+        kept = lambda: sorted(f.name for f in folder.glob("state-*.pt"))
+        while phase == "estep" and process.poll() is None and kept() != ["state-2.0of1.pt", "state-3.0of1.pt"]:
+            time.sleep(0.01)                                                      # the fourth update takes longer than a look
         if phase == "estep":                                                      # a second writer is refused, and changes nothing
             process.send_signal(signal.SIGSTOP)
             busy = run(tmp_path, "--name", "cut", "--resume")
@@ -58,7 +59,7 @@ def test_stopped_damaged_and_resumed_equals_uninterrupted(whole, tmp_path):
             assert said.splitlines()[-1] == "train.py: stopped; go on with --resume --name cut"
         flags = ["--name", "cut", "--resume"]                                     # all else it knows
         if phase == "estep":
-            assert sorted(f.name for f in folder.glob("state-*")) == ["state-2.0of1.pt", "state-3.0of1.pt"]
+            assert kept() == ["state-2.0of1.pt", "state-3.0of1.pt"]
             damage(folder / "state-3.0of1.pt", "overwritten")
         elif phase == "ra3":
             assert "state-3.0of1.pt is damaged" in said
@@ -101,7 +102,7 @@ def test_a_damaged_config_is_named(whole, tmp_path, monkeypatch, text):
 def test_ranks_end_with_their_launcher(tmp_path):
     """kill -9 of torchrun leaves no orphans that train on."""
     process = subprocess.Popen(command(*SMALL, "--name", "cut", "--e-steps", "500", ranks=2), cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     process.stdout.readline()                                                 # its first line: where it writes
     alive = lambda: subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path.name}|train.py.*--e-steps 500"], capture_output=True, text=True).stdout.split()
     assert len(alive()) >= 2
