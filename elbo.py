@@ -145,33 +145,20 @@ def by_line(values: Tensor, batch: Batch, n_lines: int) -> Tensor:
     return out.scatter_add_(1, line + 1, values)[:, 1:]                       # column 0: the prompt
 
 
-def opening_gate(gate: Tensor, batch: Batch, n_lines: int) -> tuple[Tensor, Tensor]:
-    """(B, L) log q of the choice at each line's first decision point; (B, L) bool: did q choose there?"""
-    new_line = batch.line[:, 1:] != batch.line[:, :-1]
-    first = new_line & (batch.gate[:, 1:] == FREE)                            # (B, T-1)
-    return by_line(gate * first, batch, n_lines), by_line(first.float(), batch, n_lines) > 0
-
-
 # ------------------------------------------------------------------------------ reward, prior, KL, the bound
 
 
-def line_rewards(log_pi: Tensor, think: Tensor, broken: Tensor, gate: Tensor, free: Tensor, *, c: float,
-                 beta: float, p_think: float, broken_cost: float, floor: float = torch.inf) -> Tensor:
+def line_rewards(log_pi: Tensor, think: Tensor, broken: Tensor, *, c: float, broken_cost: float,
+                 floor: float = torch.inf) -> Tensor:
     """The E-step's reward of each line, (B, L), in nats: the bound's summand with c in place of the KL.
 
         r_t = max(log pi(a_t | s_t, z_t), -floor) - c [z_t != act] - broken_cost [format broken]
-              + beta (log p(gate_t) - log q(gate_t))
 
-    think, broken: (B, L) bool. gate, free: log q of the choice at the opening gate, and whether q chose it
-    (`opening_gate`). The beta term is the gate's own part of the exact KL, with prior p(think) = p_think: it
-    keeps the choice open until rationales have become good. floor: the most nats that a line may cost, since
-    one wrong rationale in ten, at 8 nats, would drown the other nine.
+    think, broken: (B, L) bool. floor: the most nats that a line may cost, since one wrong rationale in ten,
+    at 8 nats, would drown the other nine.
     """
-    prior_think, prior_act = torch.tensor([p_think, 1 - p_think]).log()
-    log_prior = torch.where(think, prior_think, prior_act)                    # (B, L)
     price = torch.where(think, c, 0.0)                # c * think would be nan where an infinite c is not paid
-    gate_kl = torch.where(free, gate - log_prior, 0.0)
-    return log_pi.clamp(min=-floor) - price - broken_cost * broken - beta * gate_kl
+    return log_pi.clamp(min=-floor) - price - broken_cost * broken
 
 
 def prior(alpha: float, n: int) -> Tensor:

@@ -10,24 +10,31 @@ with the reward r_t of `elbo.line_rewards` and b_t the mean return at line t of 
 carries gradient is what q chose: the gate at each decision point and the rationale's tokens. The expert's
 tokens never do. `e_update` is the whole.
 
+That is how the rationales' tokens learn. The gates do not learn so: at a line where thinking is idle it costs
+no more than c, which drowns in the noise of G_t, and q came to think everywhere. So they are drawn towards
+what the posterior would keep of the K versions, with weights w (`posterior`), which cost no further pass:
+
+    grad = GATE sum_k sum_t w_kt grad log q(gate_kt)        (the wake phase of reweighted wake-sleep)
+
 Rollouts do not decode the expert's tokens, which are known. One pass scores all remaining lines of a program
 as if no more rationales came; the gates are drawn from it in order, up to the first that opens; the cache is
 rolled back to there, the rationale is decoded, and the rest is scored again. The distribution is that of
 deciding line by line.
 
 Where this departs from the paper, or where the paper is silent:
- 1. The reward carries the gate's part of the KL beside the fixed penalty c (`elbo.line_rewards` says why).
+ 1. The gates' gradient, as above: E[w grad log q] is that of KL(posterior || q), REINFORCE's that of
+    KL(q || posterior); both are least where q is the posterior (Bornschein and Bengio, arXiv 1406.2751).
  2. Rewards are sums over a line's tokens, in nats, as in Theorem 3.1; the paper's c = 0.05 may go with means
     per token.
  3. A line counts as costing `floor` nats at most: rare, very wrong rationales make most of the variance.
  4. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
- 5. The M-step goes on from q's weights. Its programs are put together from several draws, by what paid
-    (`select`), once: q's gate is slow to learn where a rationale is idle and costs no more than c.
+ 5. The M-step goes on from q's weights. Its programs are put together from several draws, by the same
+    posterior (`select`), once.
  6. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a
     longer, empty or unclosed one is closed by force and pays `broken_cost` for it.
 """
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,7 +50,8 @@ from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, 
 from model import GPT, Decoder, Encoding, KVCache, autocast, load_pretrained, new_cache, pad, pick
 from mstep import bar, optimize, total
 
-TAU = 0.03                # nats by which a piece must pay more to be e times as likely in `select`
+TAU = 0.03                # nats by which a piece must pay more to be e times as likely in the `posterior`
+GATE = 5.0                # weight of the gates' loss; at 1 the E-step ends before they have learnt
 
 
 @dataclass
@@ -55,8 +63,6 @@ class EStepConfig:
     e_lr: Annotated[float, "the E-step's learning rate; 5e-4 spoils the arithmetic at once"] = 2e-4
     e_anchor: Annotated[float, "weight of the trust region on action likelihoods; 0 loses skill"] = 0.1
     c: Annotated[float, "price of a rationale in nats; inf: never think, which is NTP"] = 0.1
-    beta: Annotated[float, "weight of the gate's KL; 0 closes the gate before rationales are good"] = 0.1
-    p_think: Annotated[float, "prior probability of a new rationale in the gate's KL"] = 0.5
     broken_cost: Annotated[float, "nats that a malformed rationale costs; more than chance wins"] = 0.5
     floor: Annotated[float, "nats that a line costs at most in the reward; inf: no floor"] = 3.0
     horizon: Annotated[int, "lines that a rationale is credited for; a loop of the world has 5"] = 6
@@ -89,14 +95,17 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: Encoding, openers: Tensor, program
         for part in chunks(traces, max(micro_batch // K, 1) * K):      # versions of a program stay together
             batch = elbo.collate(part, q.device)
             gate, token, pi_token, anchor = likelihoods(q, pi, batch, openers)             # (B, T-1) each
-            watched = judge(part, batch, gate, pi_token, cfg)                              # (B, L) each
-            G = returns(watched["reward"], cfg.horizon, cfg.gamma).unflatten(0, (-1, K))   # (P, K, L)
-            A = advantages(G).flatten(0, 1)                                                # (B, L)
-            gap, compared = uplift(G, watched["think"].view(G.shape))
+            watched = judge(part, batch, pi_token, cfg)                                    # (B, L) each
+            reward, think = (watched[name].unflatten(0, (-1, K)) for name in ("reward", "think"))  # (P, K, L)
+            G = returns(reward, cfg.horizon, cfg.gamma)                                    # (P, K, L)
+            A, W = advantages(G).flatten(0, 1), K * posterior(reward, think).flatten(0, 1)         # (B, L)
+            gap, compared = uplift(G, think)
             watched |= dict(gap=gap, compared=compared, lines=batch.line.amax(1) + 1)
             watched["length"] = batch.kind == LATENT
             sums.update({name: watched[name].sum().item() for name in names})
-            yield reinforce_loss(elbo.log_q(gate, token, batch), A, batch) + cfg.e_anchor * anchor
+            gates, text = elbo.log_q(gate, 0 * token, batch), elbo.log_q(0 * gate, token, batch)   # (B, T-1)
+            learned = reinforce_loss(text, A, batch) + GATE * reinforce_loss(gates, W, batch)
+            yield learned + cfg.e_anchor * anchor
 
     norm = optimize(q, optimizer, losses(), len(traces))
     sums["tokens"] = sum(rollout_tokens(t) + 4 * len(t.tokens) for t in traces)            # pi once, q thrice
@@ -107,17 +116,16 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: Encoding, openers: Tensor, program
                 uplift=sums["gap"] / max(sums["compared"], 1), grad_norm=norm, tokens=sums["tokens"])
 
 
-def judge(traces: list[Trace], batch: Batch, gate: Tensor, pi_token: Tensor, cfg: EStepConfig) -> dict:
+def judge(traces: list[Trace], batch: Batch, pi_token: Tensor, cfg: EStepConfig) -> dict:
     """Of each line, (B, L): loglik by pi, think, broken, and the reward that they make (`elbo.line_rewards`).
 
-    gate: q's and pi_token: pi's, (B, T - 1) each, of `elbo.score`. The reward carries no gradient.
+    pi_token: (B, T - 1), pi's of `elbo.score`.
     """
     L = int(batch.line.max()) + 1
     loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                                  # (B, L)
     think, broken = decisions(traces, L, pi_token.device)
-    price = dict(c=cfg.c, beta=cfg.beta, p_think=cfg.p_think, broken_cost=cfg.broken_cost, floor=cfg.floor)
-    opening = elbo.opening_gate(gate.detach(), batch, L)
-    reward = elbo.line_rewards(loglik, think, broken, *opening, **price)
+    price = dict(c=cfg.c, broken_cost=cfg.broken_cost, floor=cfg.floor)
+    reward = elbo.line_rewards(loglik, think, broken, **price)
     return dict(loglik=loglik, think=think, broken=broken, reward=reward)
 
 
@@ -136,6 +144,28 @@ def advantages(G: Tensor) -> Tensor:
     """
     K = G.shape[1]
     return (G - G.mean(1, keepdim=True)) * K / (K - 1)
+
+
+def pieces(think: Tensor) -> list[tuple[int, int]]:
+    """(begin, end) of the pieces of a program of which there are versions: one begins where most think.
+
+    think: (K, L). A rationale is in force until the next, so a piece's reward is that of its own rationale.
+    """
+    L, most = think.shape[1], think.float().mean(0) > 0.5
+    return list(pairwise([*(t for t in range(L) if t == 0 or most[t]), L]))
+
+
+def posterior(reward: Tensor, think: Tensor) -> Tensor:
+    """Weights of the versions of each program, line by line: (P, K, L) twice -> (P, K, L), sums over K are 1.
+
+    In a piece a version weighs ~ exp(its reward there / TAU): q writes before it sees the line that it
+    explains; here the line has its say, as in the posterior under which Theorem 3.1 is tight.
+    """
+    out = torch.zeros_like(reward)
+    for weights, r, z in zip(out, reward, think):
+        for begin, end in pieces(z):
+            weights[:, begin:end] = (r[:, begin:end].sum(1, keepdim=True) / TAU).softmax(0)
+    return out
 
 
 def uplift(G: Tensor, think: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +189,7 @@ def decisions(traces: list[Trace], n_lines: int, device=None) -> tuple[Tensor, T
 
 
 def reinforce_loss(log_q: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
-    """-sum over q's decisions of log q(decision) A_line; divide by the number of rollouts.
+    """-sum over q's decisions of log q(decision) A_line, or w_line; divide by the number of rollouts.
 
     log_q: (B, T - 1) from `elbo.log_q`; advantage: (B, L).
     """
@@ -390,23 +420,15 @@ def without_broken(trace: Trace) -> Trace:
 @torch.no_grad()
 def select(pi: GPT, program: Program, versions: list[Trace], openers: Tensor, cfg: EStepConfig,
            seed) -> Trace:
-    """One trace out of versions of a program and of the plain one: what pays, piece by piece.
-
-    A piece begins where most versions think. It is taken from a version with probability ~ exp(reward / TAU),
-    the reward being its lines' without the gate's KL (`elbo.line_rewards`). q writes before it sees the line
-    that it explains; here the line has its say, as in the posterior under which Theorem 3.1 is tight.
-    """
+    """One trace out of versions of a program and the plain one, drawn piece by piece from the `posterior`."""
     versions = [program.trace(), *versions]
-    batch, L = elbo.collate(versions, pi.device), len(program.lines)
-    gate, token = elbo.score(elbo.logits_of(pi, batch), batch, openers)
-    judged = judge(versions, batch, gate, token, replace(cfg, beta=0.0, broken_cost=1e3))
-    think, reward = judged["think"].float(), judged["reward"]                                      # (K, L)
-    begins = [t for t in range(L) if t == 0 or think[:, t].mean() > 0.5]
-    rng, out = np.random.default_rng(seed), Trace()
+    batch, rng, out = elbo.collate(versions, pi.device), np.random.default_rng(seed), Trace()
+    _, token = elbo.score(elbo.logits_of(pi, batch), batch, openers)
+    judged = judge(versions, batch, token, cfg)                                                    # (K, L)
+    weights = posterior(judged["reward"][None], judged["think"][None])[0].double().cpu()           # (K, L)
     out.add(program.prompt, PROMPT)
-    for begin, end in pairwise([*begins, L]):
-        odds = (reward[:, begin:end].sum(1) / TAU).softmax(0).double().cpu()                   # (K,)
-        chosen = versions[rng.choice(len(versions), p=(odds / odds.sum()).numpy())]
+    for begin, end in pieces(judged["think"]):
+        chosen = versions[rng.choice(len(versions), p=weights[:, begin] / weights[:, begin].sum())]
         for token, kind, line, gate in zip(chosen.tokens, chosen.kind, chosen.line, chosen.gate):
             if begin <= line < end:
                 out.add([token], kind, line, gate)
@@ -425,7 +447,7 @@ def demo():
     traces = shown + drawn + listed
     batch = elbo.collate(traces)
     gate, token, pi_token, _ = likelihoods(q, q, batch, openers)
-    r = judge(traces, batch, gate, pi_token, EStepConfig())["reward"]                              # (B, 3)
+    r = judge(traces, batch, pi_token, EStepConfig())["reward"]                              # (B, 3)
     G = returns(r, horizon=3, gamma=1.0)
     for trace, *rows in zip(shown, r, G, advantages(G[None, :8])[0]):
         numbers = [[round(x, 2) for x in row.tolist()] for row in rows]

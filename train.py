@@ -115,7 +115,7 @@ class Settings:
 # The least and the most of a flag. Others are at least 0, whole numbers at least 1.
 RANGES = dict.fromkeys(("seed", "draws", "e_steps", "m_steps", "rl_steps", "warm_steps"), (0, math.inf))
 RANGES |= dict.fromkeys(("e_lr", "m_lr", "rl_lr", "gamma"), (0, 1))
-RANGES |= dict(p_think=(0.001, 0.999), explore=(0, 0.99))
+RANGES["explore"] = (0, 0.99)
 RANGES |= dict.fromkeys(("e_rollouts", "rl_group"), (2, math.inf))       # a baseline is the mean of others
 SAVINGS = get_args(get_type_hints(RunConfig)["save_memory"])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -72,6 +72,11 @@ FIGURES = {
 }
 # Which lines of the world are part of a step with a constant to be worked out, and which are another step.
 STEPS = {"think_needed": r".* N|out = \[\]", "think_other": r"xs = (?!out$|.* N)"}
+# The panels of figure 6, which lays groups side by side: {title: (key of the record, numbers)}.
+PANELS = {
+    "percent solved by RA3": ("eval/ra3", {"greedy": "greedy", "pass@1": "T = 1", "hard": "longer, T = 1"}),
+    "rationales per 100 steps": ("infused", {"think_needed": "with a constant", "think_other": "others"}),
+}
 COLOURS = {"base": "tab:gray", "ntp": "tab:blue", "ntp-long": "tab:cyan", "ra3": "tab:red",
            "estep": "tab:red"}
 ORIGIN = ["seed", "commit", "python", "torch", "cpus", "gpu"]
@@ -217,6 +222,24 @@ def figure(file: Path, groups: dict, title: str, name: str, phases: list) -> str
     return f"![{title}]({file.name})"
 
 
+def side_by_side(file: Path, groups: dict) -> str:
+    """A picture of several groups, one above the other: means and standard errors over their runs."""
+    fig = Figure(figsize=(9, 1.2 + 0.3 * len(groups)), layout="constrained")
+    for ax, (title, (key, names)) in zip(fig.subplots(1, 2, sharey=True), PANELS.items()):
+        for name, label in names.items():
+            for y, runs in enumerate(groups.values()):
+                found = [100 * run.records[key][name] for run in runs if name in run.records[key]]
+                error = stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+                how = dict(color=f"C{list(names).index(name)}", label=None if y else label)
+                ax.errorbar(mean(found or [np.nan]), y, xerr=error, fmt="o", **how)
+        ax.set(title=title, yticks=range(len(groups)), yticklabels=[label or "default" for label in groups])
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+    fig.axes[0].invert_yaxis()
+    fig.savefig(file, dpi=130)
+    return f"![settings side by side]({file.name})"
+
+
 def programs(run: Run, n: int) -> list[str]:
     """n held-out programs, each as the expert wrote it and as q infused it."""
     text = []
@@ -253,6 +276,8 @@ def write_report(runs: list[Run], out: Path) -> dict:
         drawn = [figure(out / f"{file}.png", groups, *how) for file, how in drawn.items()]
         note = note.format(**first.config["settings"], **counts)
         sections[heading] = [note, "", *drawn] if any(drawn) else []
+    if len(groups) > 1:
+        sections["Figure 6: settings side by side"] = [side_by_side(out / "settings.png", groups)]
     sections["Where q thinks: share of held-out lines with a rationale"] = [
         *summary("rationales by", {"infused": "q"}, RATES, groups, numbers),
         *table(["line", "lines", "with a rationale"], forms)]
