@@ -72,7 +72,7 @@ class EStepConfig:
     max_comments: Annotated[int, "comment lines of a rationale; real code explains itself in blocks"] = 1
     rationales: Annotated[Literal["learned", "always", "first", "never"],
                           "where rationales stand: as q learns, at every line, the first, none"] = "learned"
-    draws: Annotated[int, "versions that `select` makes a program of the M-step from; 0: one, as it is"] = 4
+    draws: Annotated[int, "versions that `select` makes a program of the M-step from; 0: one, as it is"] = 2
 
 
 # ------------------------------------------------------------------------------------------------ the update

@@ -11,12 +11,14 @@ q writes K versions of the program. Beside each line t of a version stand
     M-step      the same by RA3's model after its M-step, where the run has come so far
     reward      r_t: `with`, less the prices (`elbo.line_rewards`)
     return      G_t, the discounted rewards of the next lines (`estep.returns`)
-    advantage   G_t less the mean of the other versions' (`estep.advantages`)
-    log q       of what q has chosen before the line: gates and the rationale's tokens
-    after       the same after one update of q on these versions (`estep.e_update`)
+    advantage   G_t less the mean of the other versions' (`estep.advantages`): moves the rationale's tokens
+    weight      the version's in this piece of the posterior (`estep.posterior`): moves the gates
+    text        log q of the rationale's tokens, and `+` after one update on these versions (`estep.e_update`)
+    gates       log q of the gates that q chose, and `+` after it
 
-Where the advantage is positive, `after` should be above `log q`. Of several rounds of a run the first is
-shown. Colours: the prompt is gray, what q wrote green, the expert's code blue.
+Where the advantage is positive, `text+` should be above `text`; where a weight is large, `gates+` above
+`gates`. Of several rounds of a run the first is shown. Colours: the prompt is gray, what q wrote green, the
+expert's code blue.
 """
 import argparse
 import copy
@@ -34,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import bench
 import elbo
 import estep
-from elbo import ACTION, Program, Trace
+from elbo import ACTION, FREE, Program, Trace
 from model import GPT, load_pretrained
 
 KINDS = ("prompt", "latent", "action")
@@ -58,10 +60,13 @@ def measure(model: GPT, traces: list[Trace], openers: Tensor) -> dict:
     L = int(batch.line.max()) + 1
     gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
     log_q, log_pi = elbo.log_q(gate, token, batch), elbo.log_pi(token, batch)
-    opening, free = elbo.opening_gate(gate, batch, L)
-    return dict(batch=batch, gate=gate, token=token, tokens=log_q + log_pi,
-                log_q=elbo.by_line(log_q, batch, L), log_pi=elbo.by_line(log_pi, batch, L),
-                opening=opening, free=free)
+    new_line = batch.line[:, 1:] != batch.line[:, :-1]
+    first = new_line & (batch.gate[:, 1:] == FREE)             # q's choice at a line's first decision point
+    opening, free = (elbo.by_line(x, batch, L) for x in (gate * first, first.float()))
+    parts = dict(gates=elbo.log_q(gate, 0 * token, batch), text=elbo.log_q(0 * gate, token, batch))
+    parts["log_pi"] = log_pi
+    by_line = {name: elbo.by_line(values, batch, L) for name, values in parts.items()}
+    return dict(batch=batch, token=token, tokens=log_q + log_pi, opening=opening, free=free > 0, **by_line)
 
 
 def explain(models: dict[str, GPT], enc, program: Program, cfg: estep.EStepConfig, seed: int):
@@ -74,7 +79,7 @@ def explain(models: dict[str, GPT], enc, program: Program, cfg: estep.EStepConfi
     seeds = [[seed, k] for k in range(K)]
     traces = estep.rollout(q, enc, [program] * K, seeds, openers, cfg)
     ours, theirs = measure(q, traces, openers), measure(pi, traces, openers)
-    judged = estep.judge(traces, ours["batch"], ours["gate"], theirs["token"], cfg)         # (K, L) each
+    judged = estep.judge(traces, ours["batch"], theirs["token"], cfg)         # (K, L) each
     G = estep.returns(judged["reward"], cfg.horizon, cfg.gamma)                             # (K, L)
     chosen = ours["opening"].exp()
     opened = torch.where(judged["think"], chosen, 1 - chosen)                                         # (K, L)
@@ -84,16 +89,21 @@ def explain(models: dict[str, GPT], enc, program: Program, cfg: estep.EStepConfi
     if "M-step" in models:
         columns["M-step"] = measure(models["M-step"], traces, openers)["log_pi"]
     columns |= {"reward": judged["reward"], "return": G, "advantage": estep.advantages(G[None])[0]}
+    columns["weight"] = estep.posterior(judged["reward"][None], judged["think"][None])[0]
     updated = copy.deepcopy(q)
     optimizer = torch.optim.Adam(updated.parameters(), lr=cfg.e_lr)
     estep.e_update(updated, pi, optimizer, enc, openers, [program], seeds, cfg)             # the same draws
-    columns |= {"log q": ours["log_q"], "after": measure(updated, traces, openers)["log_q"]}
+    after = measure(updated, traces, openers)
+    for name in ("text", "gates"):
+        columns |= {name: ours[name], f"{name}+": after[name]}
     return traces, ours["tokens"], columns
 
 
 def total_gain(columns: dict[str, Tensor]) -> float:
-    """Sum of A_t (log q after - log q before), in nats per version: what the update is to make positive."""
-    return (columns["advantage"] * (columns["after"] - columns["log q"])).sum(1).mean().item()
+    """Advantages times the gain of the text, and K weights times that of the gates, in nats per version."""
+    text, gates = (columns[f"{name}+"] - columns[name] for name in ("text", "gates"))                 # (K, L)
+    weight = estep.GATE * len(gates) * columns["weight"]                                              # (K, L)
+    return (columns["advantage"] * text + weight * gates).sum(1).mean().item()
 
 
 def rows_of(enc, trace: Trace, log_p: list[float], numbers: list[list[float]]) -> list[Row]:
@@ -187,7 +197,7 @@ def main(argv: list[str] | None = None):
     out.parent.mkdir(exist_ok=True)
     out.write_text(as_html(title, versions, list(columns)), encoding="utf-8")
     print(title, as_text(versions, list(columns), sys.stdout.isatty()), "", sep="\n")
-    print(f"The update moved advantage times log q by {total_gain(columns):+.4f} nats a version. Page: {out}")
+    print(f"The update gained {total_gain(columns):+.4f} nats of its objective a program. Page: {out}")
 
 
 if __name__ == "__main__":

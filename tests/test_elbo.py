@@ -169,8 +169,6 @@ def test_forced_gates_belong_to_neither(enc):
     gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
     difference = elbo.log_q(gate, token, batch) - elbo.log_q(gate, token, other)
     torch.testing.assert_close(difference, gate)
-    opening, free = elbo.opening_gate(gate, other, 2)
-    assert not free.any() and not opening.any()
 
 
 def test_values_are_summed_by_line(enc):
@@ -281,9 +279,8 @@ def test_the_kl_of_proposition_4_1(enc):
 
 
 def test_line_rewards_are_the_sum_of_their_parts():
-    r = elbo.line_rewards(torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, False]]), torch.tensor([[True, False]]),
-                          torch.tensor([[math.log(0.2), math.log(0.9)]]), torch.tensor([[True, False]]), c=0.05, beta=0.1, p_think=0.4,
-                          broken_cost=0.5)
-    torch.testing.assert_close(r, torch.tensor([[-1.0 - 0.05 + 0.1 * math.log(0.4 / 0.2) - 0.5, -2.0]]))
-    priceless = elbo.line_rewards(torch.zeros(1, 2), torch.tensor([[True, False]]), torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([[True, False]]), c=math.inf, beta=0.0, p_think=0.5, broken_cost=0.0)
+    think, broken = torch.tensor([[True, True, False]]), torch.tensor([[True, False, False]])
+    r = elbo.line_rewards(torch.tensor([[-1.0, -9.0, -2.0]]), think, broken, c=0.05, broken_cost=0.5, floor=4.0)
+    torch.testing.assert_close(r, torch.tensor([[-1.0 - 0.05 - 0.5, -4.0 - 0.05, -2.0]]))
+    priceless = elbo.line_rewards(torch.zeros(1, 2), torch.tensor([[True, False]]), torch.zeros(1, 2), c=math.inf, broken_cost=0.0)
     assert priceless.tolist() == [[-math.inf, 0.0]]

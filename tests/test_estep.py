@@ -179,13 +179,13 @@ def test_a_rationale_has_so_many_comment_lines_and_tokens(enc, text, most, comme
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_estimator_agrees_with_the_exact_gradient(enc, seed):
     model, pi, openers = tiny(seed), tiny(seed + 10), elbo.opener_mask(enc)
-    cost = dict(c=0.3, beta=0.2, p_think=0.4, broken_cost=0.7)
+    cost = dict(c=0.3, broken_cost=0.7)
 
-    def line_rewards(batch, traces, gate):
+    def line_rewards(batch, traces):
         with torch.no_grad():
             _, token = elbo.score(elbo.logits_of(pi, batch), batch, openers)
             loglik = elbo.by_line(elbo.log_pi(token, batch), batch, 2)
-            return elbo.line_rewards(loglik, *estep.decisions(traces, 2), *elbo.opening_gate(gate.detach(), batch, 2), **cost)
+            return elbo.line_rewards(loglik, *estep.decisions(traces, 2), **cost)
 
     def gradient(loss):
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
@@ -193,14 +193,13 @@ def test_the_estimator_agrees_with_the_exact_gradient(enc, seed):
     traces = every_trace(enc)
     batch, gate, token = scores(model, traces, openers)
     logq = elbo.log_q(gate, token, batch).sum(-1)
-    # d/dtheta sum_paths q(path) R(path), R held fixed: the expectation of grad log q * (R - entropy's own zero-mean term).
-    exact = gradient((logq.exp() * line_rewards(batch, traces, gate).sum(-1)).sum())
+    exact = gradient((logq.exp() * line_rewards(batch, traces).sum(-1)).sum())
     estimates = []
     K, P = 32, 4
     for i in range(40):
         drawn = rollout(model, enc, [program(enc)] * (P * K), [[seed, i, k] for k in range(P * K)], openers, max_rationale=MAX)
         batch, gate, token = scores(model, drawn, openers)
-        G = estep.returns(line_rewards(batch, drawn, gate), 2, 1.0)
+        G = estep.returns(line_rewards(batch, drawn), 2, 1.0)
         A = estep.advantages(G.view(P, K, 2)).view(-1, 2)
         estimates.append(-gradient(estep.reinforce_loss(elbo.log_q(gate, token, batch), A, batch) / len(drawn)))
     E = torch.stack(estimates)                                           # (40, parameters)
@@ -327,7 +326,7 @@ def test_what_thinking_earns_is_reported(enc):
     """By its definition: return with a rationale minus without, where there are both, for a reward of likelihood and c alone."""
     model, openers, pi, old = tiny(3), elbo.opener_mask(enc), tiny(3), []
     programs, K = [program(enc), elbo.parse(enc, "a\n", "xx\na\nx\n", EOS)], 5
-    cfg = estep.EStepConfig(e_rollouts=K, max_rationale=MAX, explore=0.5, c=0.3, beta=0.0, broken_cost=0.0, floor=math.inf, horizon=2, gamma=0.5)
+    cfg = estep.EStepConfig(e_rollouts=K, max_rationale=MAX, explore=0.5, c=0.3, broken_cost=0.0, floor=math.inf, horizon=2, gamma=0.5)
     sampled = estep.rollout
 
     def spy(*args, **how):
@@ -399,9 +398,9 @@ def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
 
 
 def test_a_selected_program_takes_each_piece_from_a_version_by_what_paid_there(enc):
-    """Odds and pieces against those by hand: rewards without the gate's KL, cuts where most versions think."""
+    """Odds and pieces against those by hand: cuts where most versions think."""
     pi, openers, p = tiny(2), elbo.opener_mask(enc), program(enc)
-    cfg = estep.EStepConfig(c=0.3, beta=5.0, floor=3.0)
+    cfg = estep.EStepConfig(c=0.3, floor=3.0, broken_cost=2.0)
 
     def version(*rationales: list[int], broken=()) -> Trace:
         t = Trace(broken=set(broken))
@@ -430,7 +429,7 @@ def test_a_selected_program_takes_each_piece_from_a_version_by_what_paid_there(e
                 own = [torch.tensor([i for i, (k, n) in enumerate(zip(t.kind, t.line)) if (k, n) == (ACTION, line)]) - 1
                        for line in range(begin, end)]
                 paid = sum(max(logp[i].sum().item(), -3.0) for i in own) - 0.3 * sum(t.thinks()[begin:end])
-                reward.append(paid - 1e3 * any(begin <= line < end for line in t.broken))
+                reward.append(paid - 2.0 * sum(begin <= line < end for line in t.broken))
             assert odds == pytest.approx(torch.tensor(reward).div(0.5).softmax(0).numpy(), abs=1e-4)
             tokens += [x for x, n in zip(every[k].tokens, every[k].line) if begin <= n < end]
         assert len(asked) == len(pieces) and out.tokens == tokens

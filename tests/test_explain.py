@@ -27,7 +27,7 @@ def test_the_numbers_beside_a_line_are_what_their_names_say():
     p = bench.world("eval", 1, 0)[0]
     program = elbo.parse(enc, p.prompt, p.solution, enc.eot_token)
     traces, log_p, columns = explain.explain({"q": q, "pi": q}, enc, program, CFG, seed=0)
-    assert {"think", "without", "with", "reward", "return", "advantage", "log q", "after"} == columns.keys()
+    assert {"think", "without", "with", "reward", "return", "advantage", "weight", "text", "text+", "gates", "gates+"} == columns.keys()
     assert any(any(trace.thinks()) for trace in traces)
     for k, trace in enumerate(traces):
         with torch.no_grad():
@@ -38,7 +38,7 @@ def test_the_numbers_beside_a_line_are_what_their_names_say():
             here = [i for i, line in enumerate(trace.line) if line == t and trace.kind[i] != elbo.PROMPT]
             think, free = columns["think"][k, t], trace.gate[here[0]] == elbo.FREE
             assert think == pytest.approx(mass[here[0] - 1].item(), abs=1e-4) if free else think.isnan()
-            whole = (columns["log q"] + columns["with"])[k, t].item()          # gates forced open are nobody's
+            whole = (columns["text"] + columns["gates"] + columns["with"])[k, t].item()          # gates forced open are nobody's
             if all(trace.gate[i] != elbo.FORCED for i in here):
                 assert whole == pytest.approx(sum(tokens[i] for i in here), abs=1e-3)
                 assert log_p[k, [i - 1 for i in here]].sum() == pytest.approx(whole, abs=1e-3)

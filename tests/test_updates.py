@@ -9,6 +9,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -29,7 +30,7 @@ END, OPENERS, OTHERS = 5, [0, 4], [1, 2, 3, 5]
 ENC = tiktoken.Encoding("tiny", pat_str=r"##|[\s\S]", special_tokens={"<|endoftext|>": END},
                         mergeable_ranks={b"#": 0, b"\n": 1, b"a": 2, b"x": 3, b"##": 4})
 MASK, LR, K = elbo.opener_mask(ENC), 0.3, 3
-E = estep.EStepConfig(e_rollouts=K, e_anchor=0.5, c=0.3, beta=0.4, p_think=0.3, broken_cost=0.7, floor=5.0,
+E = estep.EStepConfig(e_rollouts=K, e_anchor=0.5, c=0.3, broken_cost=0.7, floor=5.0,
                       horizon=2, gamma=0.5, explore=0.2, max_rationale=5, max_comments=2)
 RL = rlvr.RLVRConfig(rl_group=K, max_new_tokens=9)
 PROGRAMS = [elbo.parse(ENC, "a\n", text, END) for text in ("x\na\nxx\n", "a\n", "ax\nx\nx\na\n")]
@@ -83,27 +84,23 @@ def check_step(before: GPT, after: GPT, loss, norm: float):
 def version_by_hand(q: GPT, pi: GPT, t: Trace) -> SimpleNamespace:
     """Of one infused program, by line: log q of its latents, reward, return; and its part of the anchor."""
     n = t.line[-1] + 1
-    v = SimpleNamespace(log_q=[0.0] * n, log_pi=[0.0] * n, think=[False] * n, gate_kl=[0.0] * n, anchor=0.0)
+    v = SimpleNamespace(gates=[0.0] * n, text=[0.0] * n, log_pi=[0.0] * n, think=[False] * n, anchor=0.0)
     ours, theirs = predictions(q, t.tokens), predictions(pi, t.tokens)
     for i, (token, kind, line, gate) in enumerate(zip(t.tokens, t.kind, t.line, t.gate)):
         if kind == PROMPT:
             continue
         choice, word = in_two(ours[i - 1], token, gate)
         if gate == FREE:
-            v.log_q[line] += choice
-        if gate == FREE and t.line[i - 1] != line:                        # the first decision of the line
-            prior = E.p_think if token in OPENERS else 1 - E.p_think
-            v.gate_kl[line] = choice.item() - math.log(prior)
+            v.gates[line] += choice
         if kind == LATENT:
-            v.log_q[line] += word
+            v.text[line] += word
             v.think[line] = True
         if kind == ACTION:
             v.log_pi[line] += in_two(theirs[i - 1], token, gate)[1].item()
             words = OTHERS if gate else OPENERS + OTHERS
             a, b = theirs[i - 1][words].softmax(0), ours[i - 1][words].softmax(0)
             v.anchor += (a * (a / b).log()).sum()
-    v.rewards = [max(v.log_pi[i], -E.floor) - E.c * v.think[i] - E.broken_cost * (i in t.broken)
-                 - E.beta * v.gate_kl[i] for i in range(n)]
+    v.rewards = [max(v.log_pi[i], -E.floor) - E.c * v.think[i] - E.broken_cost * (i in t.broken) for i in range(n)]
     v.returns = [sum(E.gamma ** j * r for j, r in enumerate(v.rewards[i:i + E.horizon])) for i in range(n)]
     return v
 
@@ -112,10 +109,17 @@ def e_step_by_hand(versions: list[SimpleNamespace]):
     """The loss of an E-step on K versions of each program."""
     loss = 0.0
     for group in elbo.chunks(versions, K):
+        n = len(group[0].rewards)
+        begins = [i for i in range(n) if i == 0 or 2 * sum(v.think[i] for v in group) > K]
+        for begin, end in zip(begins, [*begins[1:], n]):                  # in each piece the gates follow who earned most
+            earned = np.array([sum(v.rewards[begin:end]) for v in group]) / estep.TAU
+            odds = np.exp(earned - earned.max())
+            for v, w in zip(group, odds / odds.sum()):
+                loss -= estep.GATE * K * w * sum(v.gates[begin:end])
         for v in group:
             for i in range(len(v.returns)):
                 baseline = sum(other.returns[i] for other in group if other is not v) / (K - 1)
-                loss -= v.log_q[i] * (v.returns[i] - baseline)
+                loss -= v.text[i] * (v.returns[i] - baseline)
             loss += E.e_anchor * v.anchor
     return loss / len(versions)
 

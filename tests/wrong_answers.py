@@ -60,13 +60,11 @@ def by_line(values, batch, n_lines):
     return torch.stack([(values * (batch.line[:, 1:] == t)).sum(1) for t in range(n_lines)], 1)
 
 
-def line_rewards(log_pi, think, broken, gate, free, *, c, beta, p_think, broken_cost, floor=torch.inf):
+def line_rewards(log_pi, think, broken, *, c, broken_cost, floor=torch.inf):
     """Term by term, in place."""
     reward = torch.maximum(log_pi, torch.tensor(-floor)).clone()
     reward[think] -= c
     reward[broken] -= broken_cost
-    prior = torch.where(think, p_think, 1 - p_think).log()
-    reward[free] += beta * (prior - gate)[free]
     return reward
 
 
@@ -175,9 +173,6 @@ WRONG = {
     "reward": [
         ("no floor", "torch.maximum(log_pi, torch.tensor(-floor))", "log_pi"),
         ("the floor under all of the reward", "return reward\n", "return reward.clamp(min=-floor)\n"),
-        ("the gate's KL with the wrong sign", "(prior - gate)", "(gate - prior)"),
-        ("a gate that was forced pays too", "reward[free] += beta * (prior - gate)[free]", "reward += beta * (prior - gate)"),
-        ("one prior for both sides", "1 - p_think)", "p_think)"),
         ("c times think, nan where c is infinite", "reward[think] -= c", "reward -= c * think"),
         ("the KL of p from q", "-gate - g * log_leave - (1 - g) * log_stay",
          "leave * (log_leave - g.log()) + (1 - leave) * (log_stay - (1 - g).log())"),
@@ -234,9 +229,10 @@ WRONG = {
         ("0 right samples are 0 of 0", "if not 0 <= c", "if not 0 < c"),
     ],
     "e_update": [
-        ("a mean over each pass", "yield reinforce_loss(", "yield 1 / len(part) * reinforce_loss("),
+        ("a mean over each pass", "yield learned", "yield 1 / len(part) * learned"),
         ("no trust region", "cfg.e_anchor * anchor", "0 * anchor"),
-        ("q judges itself", "gate, pi_token, cfg)", "gate, token.detach(), cfg)"),
+        ("gates by the advantages", "gates, W, batch", "gates, A, batch"),
+        ("q judges itself", "batch, pi_token, cfg)", "batch, token.detach(), cfg)"),
         ("a baseline over all programs", "advantages(G)", "advantages(G.flatten(0, 1)[None])"),
         ("no horizon", "cfg.horizon", "10 ** 6"),
     ],

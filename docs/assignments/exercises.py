@@ -165,17 +165,16 @@ def by_line(draw: Draw) -> Iterator[Fact]:
 
 
 def reward(draw: Draw) -> Iterator[Fact]:
-    log_pi, gate = -0.1 - 3 * draw.normal(4, 6).abs(), -draw.normal(4, 6).abs()
-    think, broken, free = draw.flags(3, 4, 6)
+    log_pi, (think, broken) = -0.1 - 3 * draw.normal(4, 6).abs(), draw.flags(2, 4, 6)
     none = torch.zeros(4, 6, dtype=torch.bool)
     # One line of each kind is there for every seed.
     log_pi[0, 0], log_pi[1, :2] = -20.0, -0.5
     think[1, :2] = torch.tensor([True, False])
-    broken[1, :2] = free[1, :2] = True
+    broken[1, :2] = True
 
-    def rewards(think=none, broken=none, free=none, **how) -> Tensor:
-        how = dict(c=0.0, beta=0.0, p_think=0.2, broken_cost=0.0) | how
-        return elbo.line_rewards(log_pi, think, broken, gate, free, **how)
+    def rewards(think=none, broken=none, **how) -> Tensor:
+        how = dict(c=0.0, broken_cost=0.0) | how
+        return elbo.line_rewards(log_pi, think, broken, **how)
     entropy = draw.normal(5).abs().double()
     g = draw.normal(5).sigmoid().double()
     sure = torch.tensor([0.0, 1.0]).double()
@@ -185,8 +184,6 @@ def reward(draw: Draw) -> Iterator[Fact]:
     yield Fact("an infinite c that is not paid leaves numbers", lambda: rewards(none, c=math.inf))
     yield Fact("a broken format costs broken_cost, at the floor too",
                lambda: rewards(broken=broken, broken_cost=3.7, floor=1.0))
-    yield Fact("beta (log p(gate) - log q(gate)) is earned where q chose, with p(act) = 1 - p_think",
-               lambda: rewards(think, free=free, beta=0.5))
     yield Fact("kl_exact is KL(q || p), of gate and text", lambda: elbo.kl_exact(g, entropy, 0.7, 6))
     yield Fact("kl_exact is finite where q is sure", lambda: elbo.kl_exact(sure, entropy[:2], 0.7, 6))
 
@@ -285,7 +282,7 @@ def e_update(draw: Draw) -> Iterator[Fact]:
     seeds = [[i] for i in draw.integers(6, 0, 1000)]
     torch.optim.SGD(pi.parameters(), lr=0.0).step()              # imports what a locked process cannot import
     cfg = estep.EStepConfig(e_rollouts=3, explore=0.3, max_rationale=12)
-    cfg.e_anchor, cfg.beta, cfg.horizon, cfg.floor = 0.05, 1.0, 3, 2.0
+    cfg.e_anchor, cfg.horizon, cfg.floor = 0.05, 3, 2.0
 
     def update(micro_batch: int) -> dict:
         q = copy.deepcopy(base)
