@@ -442,7 +442,7 @@ def hub_rows(name: str, split: str, start: int = 0) -> Iterator[dict]:
             data = datasets.load_dataset("json", data_files=name, split="train", streaming=True)
         else:
             HfApi().dataset_info(name, timeout=10)          # fails at once, load_dataset after half a minute
-            data = datasets.load_dataset(name, split=split, streaming=True)
+            data = datasets.load_dataset(name, None, split=split, streaming=True)
         yield from data.skip(start)
     except Exception as e:                                  # the many ways of a network to fail
         raise ValueError(f"no file {name!r}, and no split {split!r} of such a hub dataset, can be read "
@@ -514,9 +514,10 @@ def demo():
     with Sandbox() as box:
         rows = list(evaluate(model, enc, problems, box, samples=5, temperature=1.0, max_new_tokens=224))
     print(problems[0].prompt + rows[0]["completion"] + "    # verdict: " + rows[0]["kind"])
-    for tries in chunks([row["passed"] for row in rows], 5):
-        pairs, estimate = [any(pair) for pair in combinations(tries, 2)], pass_at_k(5, sum(tries), 2)
-        print(f"{sum(tries)} of 5 samples pass; pass@2 = {estimate:.2f}, "
+    for part in chunks(rows, 5):
+        tries = [row["passed"] for row in part]
+        pairs = [any(pair) for pair in combinations(tries, 2)]
+        print(f"{part[0]['id']}: {sum(tries)} of 5 samples pass; pass@2 = {pass_at_k(5, sum(tries), 2):.2f}, "
               f"and {sum(pairs)} of the {len(pairs)} pairs hold one that does")
 
 

@@ -227,6 +227,12 @@ def test_a_separator_that_is_no_newline_does_not_shift_the_cut():
     assert prompt.endswith("'''\n   ") and solution == " return x\n"
 
 
+@pytest.mark.parametrize("body", ["", "\n", "    # to do\n"])
+def test_a_solution_without_a_statement_is_none(body):
+    assert bench.meet_at_decision("def f(x):\n    '''a'''\n", body) == ("def f(x):\n    '''a'''\n   ", "")
+    assert bench.meet_at_decision("x = 1\n", body.lstrip()) == ("x = 1\n", "")
+
+
 # ---- stop rules ----
 
 
@@ -542,7 +548,7 @@ def test_a_hub_dataset_is_streamed_by_its_name(monkeypatch):
     monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **_: asked.append(name))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **kw: asked.append((a, kw)) or rows)
     assert [r["content"] for r in bench.hub_rows("me/code", "train", start=3)] == ["x = 3\n", "x = 4\n"]
-    assert asked == ["me/code", (("me/code",), {"split": "train", "streaming": True})]
+    assert asked == ["me/code", (("me/code", None), {"split": "train", "streaming": True})]
     asked.clear()
     with pytest.raises(ValueError, match="row 1 is unreadable"):
         load("livecodebench")
