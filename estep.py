@@ -273,7 +273,7 @@ class _Version:
             elif mode in ("always", "first"):
                 p, gate = float(first), FORCED
             elif explore and first and self.rng.random() < explore:
-                p, gate = 1.0, FORCED
+                p = 1.0                             # q's gate learns whether that paid
             if p > 0.0 and self.rng.random() < p:
                 return gate
             self.trace.add(self.program.lines[self.t], ACTION, self.t, gate)

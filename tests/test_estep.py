@@ -302,8 +302,8 @@ def test_modes_think_where_they_say(enc, mode, where):
         assert mode == "never" or FREE not in openings                  # nothing of what the experiment chose is q's
 
 
-def test_exploration_forces_gates_open_and_takes_no_credit_for_it(enc):
-    """A model that never thinks does so at about the share asked for; those gates are no choice of q's, their rationales are."""
+def test_exploration_opens_gates_which_learn_as_if_q_had_opened_them(enc):
+    """A model that never thinks does so at about the share asked for, and the likelihood of those gates is part of log q."""
     model, openers, p = tiny(1), elbo.opener_mask(enc), program(enc)
     shy = copy.deepcopy(model)
     shy.unembed = lambda x: model.unembed(x) - 40.0 * openers
@@ -312,14 +312,11 @@ def test_exploration_forces_gates_open_and_takes_no_credit_for_it(enc):
     traces = rollout(shy, enc, [p] * 400, seeds, openers, max_rationale=MAX, explore=0.3)
     share = sum(sum(t.thinks()) for t in traces) / 800
     assert abs(share - 0.3) < 4 * (0.3 * 0.7 / 800) ** 0.5
-    for t in traces:
-        for kind, gate, before in zip(t.kind[1:], t.gate[1:], t.kind):
-            assert gate != FREE or kind == ACTION                       # no opened gate is q's choice
     batch = elbo.collate([t for t in traces if any(t.thinks())][:8])
     gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
-    forced = (batch.gate[:, 1:] == elbo.FORCED) & (batch.kind[:, 1:] == LATENT)
-    torch.testing.assert_close(elbo.log_q(gate, token, batch)[forced], token[forced])
-    assert (gate[forced] < -0.01).all()                                 # there was something to leave out
+    opened = (batch.gate[:, 1:] != elbo.NO_GATE) & (batch.kind[:, 1:] == LATENT)
+    assert opened.any() and (batch.gate[:, 1:][opened] == FREE).all()
+    torch.testing.assert_close(elbo.log_q(gate, token, batch)[opened], (gate + token)[opened])
 
 
 def test_what_thinking_earns_is_reported(enc):
@@ -395,6 +392,21 @@ def test_what_breaks_the_format_is_cut_out_and_the_rest_stays(enc):
         assert [x for x, k in zip(clean.tokens, clean.kind) if k == ACTION] == p.lines[0] + p.lines[1]
         assert not any(z and i in t.broken for i, z in enumerate(clean.thinks()))
         assert sum(clean.thinks()) == sum(t.thinks()) - len(t.broken)
+
+
+def test_the_posterior_weighs_versions_piece_by_piece():
+    """By hand; and where a rationale is idle the weight is with those that do not think, however dear the next line was."""
+    think = torch.tensor([[[True, False, True], [False, False, True], [True, True, True], [True, False, False]],
+                          [[False, False, True], [False, True, False], [True, False, False], [False, False, False]]])
+    reward = torch.tensor([[[-0.1, 0.0, -2.0], [0.0, 0.0, -3.0], [-0.1, -0.1, -0.2], [-0.1, 0.0, -0.2]],
+                           [[0.0, -1.0, -1.0], [0.0, -1.1, -1.0], [-0.1, -1.0, -1.0], [0.0, -1.0, 0.0]]])
+    with mock.patch.object(estep, "TAU", 0.1):
+        W = estep.posterior(reward, think)                                # (2, 4, 3)
+    assert [estep.pieces(z) for z in think] == [[(0, 2), (2, 3)], [(0, 3)]]
+    torch.testing.assert_close(W[0, :, 0], torch.tensor([-1.0, 0.0, -2.0, -1.0]).softmax(0))
+    torch.testing.assert_close(W[0, :, 2], torch.tensor([-20.0, -30.0, -2.0, -2.0]).softmax(0))
+    torch.testing.assert_close(W[1, :, 0], torch.tensor([-20.0, -21.0, -21.0, -10.0]).softmax(0))
+    assert W[0, 1, 0] == W[0, :, 0].max() and torch.equal(W[0, :, 1], W[0, :, 0]) and torch.equal(W[1, :, 2], W[1, :, 0])
 
 
 def test_a_selected_program_takes_each_piece_from_a_version_by_what_paid_there(enc):
