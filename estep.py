@@ -6,15 +6,14 @@ model says how predictable they made each of the expert's lines; q is moved towa
     grad = E [ sum_t grad log q(z_t | s_t, z_{t-1}) (G_t - b_t) ]      G_t = sum_{j < horizon} gamma^j r_{t+j}
 
 with the reward r_t of `elbo.line_rewards` and b_t the mean return at line t of the other K - 1 versions
-(`advantages`). (`horizon` truncates the return; the horizon T of the paper is the number of decisions.) What
-carries gradient is what q chose: the gate at each decision point and the rationale's tokens. The expert's
-tokens never do. `e_update` is the whole.
+(`advantages`). (`horizon` truncates the return; the horizon T of the paper is the number of decisions.) So
+the rationales' tokens learn. For the gates that is too noisy: where thinking is idle it costs no more than c,
+and q came to think everywhere. They are drawn to what the posterior would keep of the K versions, with
+weights w (`posterior`) that cost no further pass, as in the wake phase of reweighted wake-sleep:
 
-That is how the rationales' tokens learn. The gates do not learn so: at a line where thinking is idle it costs
-no more than c, which drowns in the noise of G_t, and q came to think everywhere. So they are drawn towards
-what the posterior would keep of the K versions, with weights w (`posterior`), which cost no further pass:
+    grad = GATE E [ sum_k sum_t w_kt grad log q(gate_kt) ]
 
-    grad = GATE sum_k sum_t w_kt grad log q(gate_kt)        (the wake phase of reweighted wake-sleep)
+The expert's tokens never carry gradient. `e_update` is the whole.
 
 Rollouts do not decode the expert's tokens, which are known. One pass scores all remaining lines of a program
 as if no more rationales came; the gates are drawn from it in order, up to the first that opens; the cache is
@@ -22,15 +21,13 @@ rolled back to there, the rationale is decoded, and the rest is scored again. Th
 deciding line by line.
 
 Where this departs from the paper, or where the paper is silent:
- 1. The gates' gradient, as above: E[w grad log q] is that of KL(posterior || q), REINFORCE's that of
-    KL(q || posterior); both are least where q is the posterior (Bornschein and Bengio, arXiv 1406.2751).
+ 1. The gates' gradient is that of KL(posterior || q), REINFORCE's that of KL(q || posterior); both are least
+    where q is the posterior (Bornschein and Bengio, arXiv 1406.2751).
  2. Rewards are sums over a line's tokens, in nats, as in Theorem 3.1; the paper's c = 0.05 may go with means
-    per token.
- 3. A line counts as costing `floor` nats at most: rare, very wrong rationales make most of the variance.
- 4. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
- 5. The M-step goes on from q's weights. Its programs are put together from several draws, by the same
-    posterior (`select`), once.
- 6. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a
+    per token. A line counts as costing `floor` nats at most: rare, very wrong rationales make the variance.
+ 3. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
+ 4. The M-step goes on from q's weights, on programs put together from several draws (`select`), once.
+ 5. A rationale is at most `max_rationale` tokens and `max_comments` comment lines, each opened by a gate; a
     longer, empty or unclosed one is closed by force and pays `broken_cost` for it.
 """
 from collections import Counter
