@@ -85,9 +85,8 @@ def rope_frequencies(cfg: GPTConfig, device="cpu") -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, half-split layout: x (B, T, heads, C), cos and sin (B or 1, T, 1, C/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    """Rotary positions, half-split layout: x (B, T, heads, C), cos and -sin with sin (B or 1, T, 1, C)."""
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).type_as(x)
 
 
 class Attention(nn.Module):
@@ -194,15 +193,18 @@ class GPT(nn.Module):
             recording = dev.type == "cuda" and torch.cuda.is_current_stream_capturing()
             end = cache.kv.shape[3] if recording else int(pos.max()) + 1
             seen = torch.arange(end, device=dev) <= pos[..., None]                         # (B, T, S)
+            # Attention adds masks to its scores, and would make numbers of truths in each layer anew.
+            mask = torch.where(seen, 0.0, -torch.inf).to(cache.kv.dtype)
             sharing = self.config.n_head // self.config.n_kv_head
-            mask = seen.repeat_interleave(sharing, dim=1)[:, None]                         # (B, 1, T*H/K, S)
+            mask = mask.repeat_interleave(sharing, dim=1)[:, None]                         # (B, 1, T*H/K, S)
         elif doc is not None:
             same = doc[:, :, None] == doc[:, None, :]                                      # (B, T, T)
             mask = same.tril()[:, None]                                                    # (B, 1, T, T)
         if end > self.limit:
             raise ValueError(f"a sequence of {end} tokens does not fit the model's context of {self.limit}")
         angle = pos[..., None, None] * rope_frequencies(self.config, dev)              # (B or 1, T, 1, C/2)
-        rope = angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
+        rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)                    # (B or 1, T, 1, C)
         with autocast(dev):
             x = self.embed_tokens(tokens)                                                  # (B, T, D)
             for i, block in enumerate(self.layers):
@@ -316,9 +318,23 @@ def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = torch.softmax(logits / temperature, -1).cumsum(-1, dtype=torch.float64)          # (B, V)
-    u = uniform.to(cdf)[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return invert(torch.softmax(logits / temperature, -1), uniform)
+
+
+def invert(p: Tensor, uniform: Tensor, width: int = 256) -> Tensor:
+    """The token at which the distribution function of p (B, V) passes uniform (B,) in [0, 1): (B,) int64.
+
+    First its block of `width` tokens, then the token: only few sums have to be in float64, as all must be
+    where 150k probabilities are added up one by one.
+    """
+    blocks = F.pad(p, (0, -p.shape[1] % width)).unflatten(1, (-1, width))                # (B, V/width, width)
+    cdf = blocks.sum(-1).cumsum(-1, dtype=torch.float64)                                   # (B, V/width)
+    u = uniform.to(cdf)[:, None] * cdf[:, -1:]                                             # (B, 1)
+    i = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)                 # (B, 1)
+    block = blocks.take_along_dim(i[..., None], 1)[:, 0].double()                          # (B, width)
+    u = u - cdf.gather(1, i) + block.sum(-1, keepdim=True)
+    j = torch.searchsorted(block.cumsum(-1), u, right=True).clamp(max=width - 1)           # (B, 1)
+    return (i * width + j)[:, 0].clamp(max=p.shape[1] - 1)
 
 
 @dataclass
@@ -370,8 +386,10 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
             logits = decode(torch.tensor(last, device=dev)).float()                        # (B, V)
             cache.length += torch.tensor([i is not None for i in rows], device=dev)
             noise = [0.0 if i is None else rngs[i].random() for i in rows]
-            tokens = pick(logits, torch.tensor(noise, dtype=torch.float64, device=dev), temperature)
-            logprobs = torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, tokens[:, None])
+            uniform = torch.tensor(noise, dtype=torch.float64, device=dev)
+            p = torch.softmax(logits / (temperature or 1.0), -1)                           # (B, V)
+            tokens = invert(p, uniform) if temperature else logits.argmax(-1)
+            logprobs = p.gather(-1, tokens[:, None]).log()
             for slot, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs[:, 0].tolist())):
                 if rows[slot] is None:
                     continue

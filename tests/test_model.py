@@ -148,7 +148,7 @@ def test_rotary_positions_are_relative():
     cfg = GPTConfig(head_dim=16)
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
     freq = rope_frequencies(cfg).double()
-    turn = lambda x, p: rotate(x, (p * freq).cos(), (p * freq).sin())
+    turn = lambda x, p: rotate(x, (p * freq).cos().repeat(2), torch.cat([(-p * freq).sin(), (p * freq).sin()]))
     product = lambda p, r: (turn(q, p) * turn(k, r)).sum().item()
     assert product(3, 1) == pytest.approx(product(103, 101), abs=1e-4) and abs(product(3, 1) - product(3, 2)) > 1e-2
 
@@ -240,6 +240,18 @@ def test_a_large_vocabulary_is_drawn_evenly():
     V = 150_000
     drawn = pick(torch.zeros(1, V).expand(99, -1), torch.arange(1, 100, dtype=torch.float64) / 100, 1.0)
     assert (drawn - torch.arange(1, 100) * V / 100).abs().max() <= 1
+
+
+def test_pick_is_the_inverse_of_the_distribution_function():
+    """Summed up block by block, or token by token: the same, for vocabularies that fill no block and that end within one."""
+    for V in (5, 256, 700):
+        logits = 5 * torch.randn(50, V, generator=torch.Generator().manual_seed(V))
+        logits[:, V // 2:V // 2 + V // 3] = -math.inf
+        uniform = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        uniform[:2] = torch.tensor([0.0, 1 - 1e-9])
+        cdf = torch.softmax(logits, -1).double().cumsum(-1)
+        plain = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)
+        assert torch.equal(pick(logits, uniform, 1.0), plain) and len(plain.unique()) > 2
 
 
 @torch.no_grad()
