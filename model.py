@@ -328,12 +328,14 @@ def invert(p: Tensor, uniform: Tensor, width: int = 256) -> Tensor:
     where 150k probabilities are added up one by one.
     """
     blocks = F.pad(p, (0, -p.shape[1] % width)).unflatten(1, (-1, width))                # (B, V/width, width)
-    cdf = blocks.sum(-1).cumsum(-1, dtype=torch.float64)                                   # (B, V/width)
+    sums = blocks.sum(-1).double()                                                         # (B, V/width)
+    cdf = sums.cumsum(-1)
     u = uniform.to(cdf)[:, None] * cdf[:, -1:]                                             # (B, 1)
     i = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)                 # (B, 1)
-    block = blocks.take_along_dim(i[..., None], 1)[:, 0].double()                          # (B, width)
-    u = u - cdf.gather(1, i) + block.sum(-1, keepdim=True)
-    j = torch.searchsorted(block.cumsum(-1), u, right=True).clamp(max=width - 1)           # (B, 1)
+    # A share of the block: its sum differs in the last digits from the one below.
+    share = 1 - (cdf.gather(1, i) - u) / sums.gather(1, i)
+    within = blocks.take_along_dim(i[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)  # (B, width)
+    j = torch.searchsorted(within, share * within[:, -1:], right=True).clamp(max=width - 1)
     return (i * width + j)[:, 0].clamp(max=p.shape[1] - 1)
 
 

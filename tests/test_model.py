@@ -244,14 +244,15 @@ def test_a_large_vocabulary_is_drawn_evenly():
 
 def test_pick_is_the_inverse_of_the_distribution_function():
     """Summed up block by block, or token by token: the same, for vocabularies that fill no block and that end within one."""
-    for V in (5, 256, 700):
-        logits = 5 * torch.randn(50, V, generator=torch.Generator().manual_seed(V))
-        logits[:, V // 2:V // 2 + V // 3] = -math.inf
-        uniform = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        uniform[:2] = torch.tensor([0.0, 1 - 1e-9])
+    for V in (12, 256, 700):
+        logits = 5 * torch.randn(60, V, generator=torch.Generator().manual_seed(V))
+        logits[:, :2] = logits[:, V // 2:V // 2 + V // 3] = logits[:, -2:] = -math.inf
+        uniform = torch.rand(60, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        uniform[:20], uniform[20:40] = 0.0, 1 - 2**-40              # ends, next to which tokens have no probability
         cdf = torch.softmax(logits, -1).double().cumsum(-1)
-        plain = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1)
-        assert torch.equal(pick(logits, uniform, 1.0), plain) and len(plain.unique()) > 2
+        plain, drawn = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1), pick(logits, uniform, 1.0)
+        assert logits.gather(-1, drawn[:, None]).isfinite().all() and len(drawn.unique()) > 2
+        assert torch.equal(drawn[:20], plain[:20]) and torch.equal(drawn[40:], plain[40:])
 
 
 @torch.no_grad()
