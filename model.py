@@ -193,8 +193,7 @@ class GPT(nn.Module):
             recording = dev.type == "cuda" and torch.cuda.is_current_stream_capturing()
             end = cache.kv.shape[3] if recording else int(pos.max()) + 1
             seen = torch.arange(end, device=dev) <= pos[..., None]                         # (B, T, S)
-            # Attention adds masks to its scores, and would make numbers of truths in each layer anew.
-            mask = torch.where(seen, 0.0, -torch.inf).to(cache.kv.dtype)
+            mask = torch.where(seen, 0.0, -torch.inf).to(cache.kv.dtype)    # once, not in each layer
             sharing = self.config.n_head // self.config.n_kv_head
             mask = mask.repeat_interleave(sharing, dim=1)[:, None]                         # (B, 1, T*H/K, S)
         elif doc is not None:
@@ -318,25 +317,9 @@ def pick(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(-1)
-    return invert(torch.softmax(logits / temperature, -1), uniform)
-
-
-def invert(p: Tensor, uniform: Tensor, width: int = 256) -> Tensor:
-    """The token at which the distribution function of p (B, V) passes uniform (B,) in [0, 1): (B,) int64.
-
-    First its block of `width` tokens, then the token: only few sums have to be in float64, as all must be
-    where 150k probabilities are added up one by one.
-    """
-    blocks = F.pad(p, (0, -p.shape[1] % width)).unflatten(1, (-1, width))                # (B, V/width, width)
-    sums = blocks.sum(-1).double()                                                         # (B, V/width)
-    cdf = sums.cumsum(-1)
-    u = uniform.to(cdf)[:, None] * cdf[:, -1:]                                             # (B, 1)
-    i = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)                 # (B, 1)
-    # A share of the block: its sum differs in the last digits from the one below.
-    share = 1 - (cdf.gather(1, i) - u) / sums.gather(1, i)
-    within = blocks.take_along_dim(i[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)  # (B, width)
-    j = torch.searchsorted(within, share * within[:, -1:], right=True).clamp(max=width - 1)
-    return (i * width + j)[:, 0].clamp(max=p.shape[1] - 1)
+    cdf = torch.softmax(logits / temperature, -1).cumsum(-1, dtype=torch.float64)          # (B, V)
+    u = uniform.to(cdf)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 @dataclass
@@ -388,10 +371,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
             logits = decode(torch.tensor(last, device=dev)).float()                        # (B, V)
             cache.length += torch.tensor([i is not None for i in rows], device=dev)
             noise = [0.0 if i is None else rngs[i].random() for i in rows]
-            uniform = torch.tensor(noise, dtype=torch.float64, device=dev)
-            p = torch.softmax(logits / (temperature or 1.0), -1)                           # (B, V)
-            tokens = invert(p, uniform) if temperature else logits.argmax(-1)
-            logprobs = p.gather(-1, tokens[:, None]).log()
+            tokens = pick(logits, torch.tensor(noise, dtype=torch.float64, device=dev), temperature)
+            logprobs = torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, tokens[:, None])
             for slot, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs[:, 0].tolist())):
                 if rows[slot] is None:
                     continue
