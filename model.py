@@ -85,9 +85,8 @@ def rope_frequencies(cfg: GPTConfig, device="cpu") -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, half-split layout: x (B, T, heads, C), cos and sin (B or 1, T, 1, C/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    """Rotary positions, half-split layout: x (B, T, heads, C), cos and -sin with sin (B or 1, T, 1, C)."""
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).type_as(x)
 
 
 class Attention(nn.Module):
@@ -194,15 +193,17 @@ class GPT(nn.Module):
             recording = dev.type == "cuda" and torch.cuda.is_current_stream_capturing()
             end = cache.kv.shape[3] if recording else int(pos.max()) + 1
             seen = torch.arange(end, device=dev) <= pos[..., None]                         # (B, T, S)
+            mask = torch.where(seen, 0.0, -torch.inf).to(cache.kv.dtype)    # once, not in each layer
             sharing = self.config.n_head // self.config.n_kv_head
-            mask = seen.repeat_interleave(sharing, dim=1)[:, None]                         # (B, 1, T*H/K, S)
+            mask = mask.repeat_interleave(sharing, dim=1)[:, None]                         # (B, 1, T*H/K, S)
         elif doc is not None:
             same = doc[:, :, None] == doc[:, None, :]                                      # (B, T, T)
             mask = same.tril()[:, None]                                                    # (B, 1, T, T)
         if end > self.limit:
             raise ValueError(f"a sequence of {end} tokens does not fit the model's context of {self.limit}")
         angle = pos[..., None, None] * rope_frequencies(self.config, dev)              # (B or 1, T, 1, C/2)
-        rope = angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
+        rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)                    # (B or 1, T, 1, C)
         with autocast(dev):
             x = self.embed_tokens(tokens)                                                  # (B, T, D)
             for i, block in enumerate(self.layers):

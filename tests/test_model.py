@@ -148,7 +148,7 @@ def test_rotary_positions_are_relative():
     cfg = GPTConfig(head_dim=16)
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
     freq = rope_frequencies(cfg).double()
-    turn = lambda x, p: rotate(x, (p * freq).cos(), (p * freq).sin())
+    turn = lambda x, p: rotate(x, (p * freq).cos().repeat(2), torch.cat([(-p * freq).sin(), (p * freq).sin()]))
     product = lambda p, r: (turn(q, p) * turn(k, r)).sum().item()
     assert product(3, 1) == pytest.approx(product(103, 101), abs=1e-4) and abs(product(3, 1) - product(3, 2)) > 1e-2
 
@@ -240,6 +240,19 @@ def test_a_large_vocabulary_is_drawn_evenly():
     V = 150_000
     drawn = pick(torch.zeros(1, V).expand(99, -1), torch.arange(1, 100, dtype=torch.float64) / 100, 1.0)
     assert (drawn - torch.arange(1, 100) * V / 100).abs().max() <= 1
+
+
+def test_pick_is_the_inverse_of_the_distribution_function():
+    """At 0 and next to 1 too, beside tokens of no probability; whatever the size of the vocabulary."""
+    for V in (12, 256, 700):
+        logits = 5 * torch.randn(60, V, generator=torch.Generator().manual_seed(V))
+        logits[:, :2] = logits[:, V // 2:V // 2 + V // 3] = logits[:, -2:] = -math.inf
+        uniform = torch.rand(60, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        uniform[:20], uniform[20:40] = 0.0, 1 - 2**-40              # ends, next to which tokens have no probability
+        cdf = torch.softmax(logits, -1).double().cumsum(-1)
+        plain, drawn = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1), pick(logits, uniform, 1.0)
+        assert logits.gather(-1, drawn[:, None]).isfinite().all() and len(drawn.unique()) > 2
+        assert torch.equal(drawn[:20], plain[:20]) and torch.equal(drawn[40:], plain[40:])
 
 
 @torch.no_grad()
