@@ -11,7 +11,6 @@ that programs are read from (`corpus`).
 """
 import ast
 import math
-import resource
 import sysconfig
 import time
 import warnings
@@ -179,8 +178,8 @@ PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S"
 
 
 class Meter:
-    """What a rank sees of a run's updates: tokens per second, memory, padding and, on a GPU, MFU."""
-    weights = peak = 0
+    """What a rank sees of a run's updates: tokens per second, padding and, on a known GPU, MFU."""
+    weights = peak = began = positions = padding = 0
 
     def watch(self, model: GPT):
         gpu = torch.cuda.get_device_name() if model.device.type == "cuda" else ""
@@ -199,30 +198,23 @@ class Meter:
 
         mfu: 2 FLOP for each weight and token; a token of training counts three times, which makes 6 N.
         """
-        seen, now = {"peak_gb": peak_gb()}, time.time()
+        seen, now = {}, time.time()
         if tokens:
             rate = tokens / (now - self.began)
-            seen |= {"tokens/s": round(rate), "padding": round(int(self.padding) / max(self.positions, 1), 3)}
+            padding = int(self.padding) / max(self.positions, 1)
+            seen |= {"tokens/s": round(rate), "padding": round(padding, 3)}
             if self.peak:
                 seen["mfu"] = round(2 * self.weights * rate / self.peak / ranks()[1], 3)
         self.began, self.positions, self.padding = now, 0, 0
         return seen
 
 
-def peak_gb() -> float:
-    """The most memory that was held so far: by tensors on the GPU or, on a CPU, by the process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)         # Linux counts in KB
-
-
 class Masters(torch.optim.Optimizer):
     """An optimizer with float32 masters of the weights, of which each rank owns a share (ZeRO-1).
 
     device: where masters and moments live, 12 bytes for each weight of the share ("cpu": in main memory);
-    float32 weights there are their own masters. At a learning rate of 1e-5 an update is less than half of the
-    last place of a bfloat16 weight of 0.02: without masters it would be rounded away. What remains inexact
-    are the gradients, summed in bfloat16, and the rounding at the end of a stage.
+    float32 weights there are their own masters. An update at 1e-5 is less than half of the last place of a
+    bfloat16 weight of 0.02: it would be rounded away. Gradients are still summed in bfloat16.
     """
 
     def __init__(self, kind, params, device, **options):

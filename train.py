@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import sys
@@ -520,7 +521,7 @@ class Run:
     def log(self, **record):
         seen = self.meter.read(record.get("tokens", 0))
         if "grad_norm" in record:                          # an update
-            record |= seen
+            record |= seen | {"peak_gb": peak_gb()}
         self.records.append(record)
         if self.rank == 0:
             self.file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
@@ -534,7 +535,7 @@ class Run:
         left = f", about {np.mean(spent) * (n - len(spent)) / 60:.0f} minutes left" if spent else ""
         self.say(f"stage {len(spent) + 1} of {n}: {key.removeprefix('cost/')}{left}")
         began = time.time()
-        self.log(key=key, **work(), seconds=round(time.time() - began, 1), peak_gb=mstep.peak_gb())
+        self.log(key=key, **work(), seconds=round(time.time() - began, 1), peak_gb=peak_gb())
         if self.rank == 0:
             os.fsync(self.file.fileno())
             for file in self.dir.glob("state-*.pt"):
@@ -595,6 +596,13 @@ def save(state: dict, file: Path):
         write_whole(file, write)
     except RuntimeError as e:
         raise (e.__context__ or e) from None
+
+
+def peak_gb() -> float:
+    """The most memory that was held so far: by tensors on the GPU or, on a CPU, by the process."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)         # Linux counts in KB
 
 
 def from_first(work):
