@@ -52,16 +52,15 @@ def m_update(model: GPT, optimizer, traces: list[Trace], micro_batch: int = 32) 
     # In rows as long as the longest, NTP's padding would be 23% in the world rather than 3%.
     rows = chunks(pack(traces, min(3 * longest // 2, model.limit)), micro_batch)
     batches = [packed_batch(traces, part, model.device) for part in rows]
-    trained, nats = sum(int(b.scored.sum()) for b in batches), 0.0
+    trained, nats = sum(int(b.scored.sum()) for b in batches), []
 
     def losses():
-        nonlocal nats
         for batch in batches:
             out = loss(model, batch)
-            nats += out.item()
+            nats.append(out.item())
             yield out
     norm = optimize(model, optimizer, losses(), trained)
-    sums = total(dict(nats=nats, trained=trained, tokens=3 * sum(len(t.tokens) for t in traces)))
+    sums = total(dict(nats=sum(nats), trained=trained, tokens=3 * sum(len(t.tokens) for t in traces)))
     return dict(loss=sums["nats"] / sums["trained"], grad_norm=norm, tokens=sums["tokens"])
 
 
@@ -194,17 +193,12 @@ class Meter:
             self.padding += (inputs[0].flip(1).cumsum(1) == 0).sum()
 
     def read(self, tokens: float = 0) -> dict[str, float]:
-        """Since the last reading. tokens: what all ranks put through a model, padding not counted.
-
-        mfu: 2 FLOP for each weight and token; a token of training counts three times, which makes 6 N.
-        """
-        seen, now = {}, time.time()
-        if tokens:
-            rate = tokens / (now - self.began)
-            padding = int(self.padding) / max(self.positions, 1)
-            seen |= {"tokens/s": round(rate), "padding": round(padding, 3)}
-            if self.peak:
-                seen["mfu"] = round(2 * self.weights * rate / self.peak / ranks()[1], 3)
+        """Since the last reading, in which all ranks put `tokens` through a model, padding not counted."""
+        now, rate = time.time(), tokens / (time.time() - self.began)
+        padding = int(self.padding) / max(self.positions, 1)
+        seen = {"tokens/s": round(rate), "padding": round(padding, 3)}
+        if self.peak:                # 2 FLOP a weight and token; one of training counts thrice: the usual 6 N
+            seen["mfu"] = round(2 * self.weights * rate / self.peak / ranks()[1], 3)
         self.began, self.positions, self.padding = now, 0, 0
         return seen
 
