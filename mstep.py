@@ -194,7 +194,8 @@ class Meter:
 
     def read(self, tokens: float = 0) -> dict[str, float]:
         """Since the last reading, in which all ranks put `tokens` through a model, padding not counted."""
-        now, rate = time.time(), tokens / (time.time() - self.began)
+        now = time.time()
+        rate = tokens / (now - self.began)
         padding = int(self.padding) / max(self.positions, 1)
         seen = {"tokens/s": round(rate), "padding": round(padding, 3)}
         if self.peak:                # 2 FLOP a weight and token; one of training counts thrice: the usual 6 N
