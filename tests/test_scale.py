@@ -14,7 +14,7 @@ import train
 from elbo import ACTION, FREE, PROMPT, Trace, collate
 from model import GPT, GPTConfig, load_pretrained, save_tokenizer
 from mstep import Masters
-from test_train import metrics, run, run_here
+from test_train import results, run, run_here
 from train import RECIPES, parse_flags
 
 ROOT = Path(__file__).parent.parent
@@ -176,7 +176,7 @@ def test_ranks_that_share_the_masters_train_as_one_does_and_resume_exactly(tmp_p
         moved = sum((u[k].float() - begin[k].float()).square().sum() for k in u) ** 0.5
         assert u["model.norm.weight"].dtype == torch.bfloat16 and 0 < moved and apart < 0.5 * moved, stage
         assert (cut / stage / "model.safetensors").read_bytes() == (two / stage / "model.safetensors").read_bytes(), stage
-    phases = lambda folder: [r for r in metrics(folder) if "phase" in r]
+    phases = lambda folder: [r for r in results(folder) if "phase" in r]
     assert phases(cut) == phases(two)
 
 

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from model import load_pretrained
 from sandbox import Sandbox
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "docs"))
+import watch  # noqa: E402
+
 SMALL = ("--experts 64 --eval-problems 4 --e-steps 4 --e-programs 4 --e-rollouts 4 --m-steps 4 --m-programs 16 --rl-steps 4 --rl-problems 4 "
          "--rl-group 4 --max-new-tokens 120 --save-every 2 --arms ra3,ntp").split() + ["--model", str(ROOT / "base")]
 STAGES = ("estep", "ra3", "ntp", "rlvr-base", "rlvr-ntp", "rlvr-ra3")
@@ -55,6 +59,12 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def results(folder: Path) -> list[dict]:
+    """The log without what is the machine's: speed and memory, and the padding of batches cut otherwise."""
+    seen = {"seconds", "tokens/s", "mfu", "padding", "peak_gb"}
+    return [{k: v for k, v in r.items() if k not in seen} for r in metrics(folder)]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """One small run from start to end: its folder and what it printed."""
@@ -78,6 +88,14 @@ def test_a_run_leaves_what_the_readme_promises(whole):
     assert len(infused) == 4 and set(infused[0]) == {"tokens", "kind", "line", "gate", "broken"}
     keys = {r["key"] for r in metrics(folder) if "key" in r}
     assert keys == {"cost/infuse", *(f"cost/{s}" for s in STAGES), *(f"eval/{a}" for a in ("base", "ntp", "ra3", "rlvr-base", "rlvr-ntp", "rlvr-ra3"))}
+    updates = [r for r in metrics(folder) if "grad_norm" in r]
+    assert len(updates) == 4 * len(STAGES) and all(0 <= r["padding"] < 1 and r["peak_gb"] > 0 for r in updates)
+    assert all((r["tokens/s"] > 0) == (r["tokens"] > 0) and "mfu" not in r for r in updates)
+    for arm in ("base", "ntp", "ra3"):               # its curve in RLVR begins and ends with what is scored anyway
+        curve = [r for r in results(folder) if r.get("phase") == f"rlvr-{arm}" and "greedy" in r]
+        scores = [r for r in results(folder) if r.get("key") in (f"eval/{arm}", f"eval/rlvr-{arm}")]
+        assert [r["step"] for r in curve] == [0, 4] and len(scores) == 2
+        assert all(r.items() - {("phase", f"rlvr-{arm}"), ("step", r["step"])} <= s.items() for r, s in zip(curve, scores))
     assert not [f for f in folder.rglob("*") if f.name.startswith(".")] and not list(folder.rglob("state-*"))
 
 
@@ -97,7 +115,7 @@ def test_two_ranks_train_as_one_does(whole, tmp_path):
     done = run(tmp_path, *SMALL, "--name", "two", ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = whole[0], tmp_path / "runs/two"
-    a, b = ([r for r in metrics(f) if "phase" in r] for f in (one, two))
+    a, b = ([r for r in results(f) if "phase" in r] for f in (one, two))
     assert len(a) == len(b)
     for x, y in zip(a, b):
         for k in set(x) - {"phase"}:
@@ -314,3 +332,23 @@ def test_a_program_that_thinks_before_every_line_and_one_that_thinks_once(tmp_pa
         think[mode] = sum(thinks) / len(thinks)
         assert not {r["phase"] for r in metrics(tmp_path / "runs" / mode) if "phase" in r} - {"estep", "ra3"}
     assert think["always"] > 0.5 > think["first"] > 0                       # rationales that break the format are cut out, hence not 1
+
+
+def test_a_run_is_followed_into_tensorboard(whole, monkeypatch):
+    """Every number of the log, a half-written line only when it is whole."""
+    written, file = {}, whole[0] / "metrics.jsonl"
+    writer = SimpleNamespace(SummaryWriter=lambda folder: SimpleNamespace(add_scalar=lambda name, value, step: written.update({(name, step): value})))
+    text, waits = file.read_text(), []
+
+    def sleep(seconds: float):
+        waits.append(len(written))
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+        file.write_text(text)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    file.write_text(text[:-9])
+    with pytest.raises(KeyboardInterrupt):
+        watch.main(whole[0], "tensorboard")
+    numbers = sum(len(r.keys() - {"phase", "key", "step"}) for r in metrics(whole[0]))
+    assert waits == [numbers - len(metrics(whole[0])[-1].keys() - {"key"}), numbers]

@@ -368,7 +368,7 @@ def steps_of(loop, folder, *args, seed=0, stage="stage", rank=0, ranks=1) -> lis
     return seen
 
 
-@pytest.mark.parametrize("loop, args", [(train.e_step, [list(range(40))]), (train.grpo, [])])
+@pytest.mark.parametrize("loop, args", [(train.e_step, [[range(n) for n in range(40)]]), (train.grpo, [])])
 def test_each_step_draws_items_and_seeds_anew_while_pi_stays(tmp_path, loop, args):
     seen, other = (steps_of(loop, tmp_path, *args, seed=seed) for seed in (0, 1))
     assert len(seen) == 6 and all(len(step.drawn) == 4 for step in seen)
@@ -469,7 +469,7 @@ def test_the_story_is_the_papers():
     def infuse(run, q, pi, data, experts, cfg, tag):
         return [f"{cfg.rationales} by {q} for {pi}: {len(experts)}"], ["held-out by " + q]
     with (mock.patch.object(train, "infuse", infuse),
-          mock.patch.object(train, "evaluate", lambda run, name, data: name)):
+          mock.patch.object(train, "evaluate", lambda run, name, data, *curve: name)):
         train.experiment(run, data)
     plain, e, m, rl = [p.trace() for p in PROGRAMS], train.e_step, train.m_step, train.grpo
     assert not any(LATENT in t.kind for t in plain)                        # next-token prediction
