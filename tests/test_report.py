@@ -181,6 +181,21 @@ def test_settings_that_differ_make_groups_named_by_their_flags(tmp_path, capsys)
     assert (tmp_path / "out/mstep_nll.png").exists() and "Figure 5" not in text
 
 
+def test_several_settings_stand_in_one_picture_with_means_and_errors(tmp_path, capsys, monkeypatch):
+    drawn = {}
+
+    def errorbar(ax, x, y, xerr, label, **how):
+        drawn[ax.get_title() or len(ax.figure.axes), len(drawn)] = [x, y, xerr, label]
+    runs = [write_run(tmp_path / f"c{c}s{s}", [evaluation("ra3", greedy=0.5 + c + s / 10)], c=c, seed=s) for c in (0.1, 0.2) for s in (0, 2)]
+    run_report(capsys, *runs, out=tmp_path / "out")
+    assert (tmp_path / "out/settings.png").exists() and "![settings side by side]" in (tmp_path / "out/report.md").read_text()
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    groups = report.group_by_settings([report.read_run(run) for run in runs])
+    report.side_by_side(tmp_path / "x.png", groups)
+    first, second = list(drawn.values())[:2]
+    assert first == pytest.approx([70.0, 0, 10.0, "greedy"]) and second == pytest.approx([80.0, 1, 10.0, None])
+
+
 def test_what_is_not_there_is_left_out(tmp_path, capsys):
     first = {"phase": "estep", "step": 0, "reward": -0.5, "think": 0.1, "grad_norm": 1}
     folder = write_run(tmp_path / "young", [first])
