@@ -8,10 +8,8 @@
 Linux on x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install; `python sandbox.py` shows it
 at work. The processes:
 
-    trainer ---socket---> tester: Python with its modules, and no secrets of yours; one for each worker. It
-    your process            |     runs the tests, and holds the expected values
-                            |---fork---> zygote, before any test is read: forks the candidates, watches all
-                                            |     clocks
+    trainer ---socket---> tester: one for each worker. Runs the tests, and holds the expected values
+    your process            |---fork---> zygote: forks the candidates, and watches all clocks
                                             |---fork---> candidate: one for each program. It answers the calls
                                                          of the tester, "name(arguments)", with values
 
@@ -23,8 +21,8 @@ A test-executed reward is as good as its harness: reinforcement learning finds e
 3. The candidate can only compute: a seccomp-BPF allowlist refuses every other system call (files, sockets,
    processes, signals). It is installed before the source is read; without seccomp nothing runs.
 4. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. The tester is no fork of the
-   trainer: that would copy the page tables of gigabytes, and share secrets.
-5. A limit is CPU time, of program and tests. Four times that in wall time ends those who sleep. A tester that
+   trainer (gigabytes of page tables, secrets), and the zygote is forked before any test is read.
+5. A limit is CPU time, of program and tests; four times that in wall time ends those who sleep. A tester that
    a legal but nasty value holds up (`10**12` in a test that counts up to it) is killed too.
 """
 
@@ -33,6 +31,7 @@ import atexit
 import builtins
 import collections
 import contextlib
+import copyreg
 import ctypes
 import enum
 import errno
@@ -47,7 +46,6 @@ import os
 import random
 import re
 import resource
-import select
 import signal
 import socket
 import struct
@@ -206,11 +204,6 @@ class Sandbox(contextlib.AbstractContextManager):
                 worker.close()
 
 
-# As a module, because Python keeps the bytecode of modules: compiling this file takes longer than loading it.
-_START_TESTER = """import sys, importlib.machinery
-importlib.machinery.SourceFileLoader("sandbox", sys.argv[1]).load_module()._tester_main(*sys.argv[2:])"""
-
-
 class _Worker:
     """The trainer's end of one tester."""
 
@@ -220,16 +213,18 @@ class _Worker:
 
     def launch(self):
         paths = [path for path in sys.path if os.path.isabs(path) and os.path.isdir(path)]
+        # As a module, because Python keeps the bytecode of modules: compiling this file takes longer than that.
+        code = f"""import importlib.machinery as machinery
+machinery.SourceFileLoader("sandbox", {os.path.abspath(__file__)!r}).load_module()._tester_main(
+    {os.getpid()}, {self.memory_mb}, {paths})"""
         # Some Pythons do not start without LD_LIBRARY_PATH. Threads: glibc reserves 64 MB for each otherwise.
-        environment = {key: os.environ[key] for key in ["LD_LIBRARY_PATH"] if key in os.environ}
-        environment |= {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-        command = [sys.executable, "-I", "-S", "-c", _START_TESTER, os.path.abspath(__file__)]
-        command += [str(os.getpid()), str(self.memory_mb), *paths]
+        environment = {"LC_ALL": "C.UTF-8", "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+                       "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         self.channel, theirs = Pipe()
         with theirs:
             self.process = _patiently(lambda: subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment, cwd="/",
-                start_new_session=True))
+                [sys.executable, "-I", "-S", "-c", code], stdin=theirs.fileno(), stdout=subprocess.DEVNULL,
+                env=environment, cwd="/", start_new_session=True))
 
     def fileno(self):                  # for `wait`
         return self.channel.fileno()
@@ -244,17 +239,17 @@ class _Worker:
 
     def finish(self) -> Verdict | None:
         """The verdict, when there is something to be read; None if the job has to be tried again."""
-        kind, detail, passed, seconds = "crash", "the worker died twice on this job", 0, 0.0
+        told = {"kind": "crash", "detail": "the worker died twice on this job", "tests_passed": 0, "seconds": 0.0}
         try:
-            kind, detail, passed, seconds = _receive(self.channel)
+            told = _receive(self.channel)
         except (EOFError, OSError):
             if self.process.wait() == -signal.SIGALRM:     # the zygote's doing
-                kind, detail = "timeout", "a value that the program returned held the tests up"
-                seconds = self.job.timeout_s
+                told |= {"kind": "timeout", "seconds": self.job.timeout_s,
+                         "detail": "a value that the program returned held the tests up"}
             elif self.tries == 1:
                 return self.start(self.index, self.job, tries=2)
         tests = 1 if isinstance(self.job, Check) else len(self.job[1])
-        return Verdict(kind == "passed", kind, passed, tests, seconds, detail)
+        return Verdict(passed=told["kind"] == "passed", tests=tests, **told)
 
     def close(self):
         """Ends the tester; the kernel ends its children."""
@@ -279,8 +274,7 @@ def _send(channel: Connection, message):
 
 
 def _receive(channel: Connection, limit=None):
-    """Raises EOFError or ConnectionError at the end, OSError for a message above `limit` bytes, ValueError or
-    RecursionError if it is not JSON."""
+    """Raises EOFError or ConnectionError at the end, OSError above `limit` bytes, ValueError for no JSON."""
     return json.loads(channel.recv_bytes(limit))
 
 
@@ -342,8 +336,7 @@ def pack(value, classes=()) -> dict:
         if isinstance(record, VALUED):
             body = [walk(item) for item in ([record.value] if isinstance(record, enum.Enum) else record)]
         else:
-            slots = [vars(cls).get("__slots__", ()) for cls in type(record).__mro__]
-            names = [*getattr(record, "__dict__", ()), *itertools.chain(*slots)]
+            names = [*getattr(record, "__dict__", ()), *copyreg._slotnames(type(record))]
             body = {name: walk(getattr(record, name)) for name in names if hasattr(record, name)}
         records.append([type(record).__name__, body])
     return {"value": packed, "records": records}
@@ -379,10 +372,9 @@ def unpack(packed: dict, classes=None, find_name=None):
     for place, (cls, fields) in enumerate(packed["records"]):
         for name, item in () if issubclass(classes[cls], VALUED) else fields.items():
             # A field comes before a method of its name: after `node.same = bool`, `node.same(7)` is true.
-            of_class = [vars(base).get(name) for base in classes[cls].__mro__]
+            of_class = [vars(base)[name] for base in classes[cls].__mro__ if name in vars(base)]
             methods = [value for value in of_class if callable(value) or hasattr(value, "__get__")]
-            slots = [value for value in methods if isinstance(value, types.MemberDescriptorType)]
-            if name.startswith("__") or len(methods) > len(slots):
+            if name.startswith("__") or {type(method) for method in methods} - {types.MemberDescriptorType}:
                 raise ValueError(f"a record with the reserved field {name}")
             object.__setattr__(record(place), name, build(item))
     return build(packed["value"])
@@ -408,10 +400,16 @@ class _Tester:
     def serve(self):
         while True:
             job, began = _receive(self.trainer), time.process_time()
-            self.passed, self.calls, self.seconds, self.fault, self.raised = 0, 0, 0.0, None, None
-            kind, detail = self.run_cases(job) if "cases" in job else self.run_tests(job)
-            seconds = self.seconds + time.process_time() - began
-            _send(self.trainer, (kind, detail, self.passed, seconds))
+            self.passed, self.seconds = 0, 0.0
+            for case in job.get("cases", [None]):
+                self.calls, self.classes = 0, {}
+                self.fault = self.raised = None
+                kind, detail = self.run_tests(job) if case is None else self.run_script(job, *case)
+                if kind != "passed":
+                    break
+            self.seconds += time.process_time() - began
+            _send(self.trainer, {"kind": kind, "detail": detail, "tests_passed": self.passed,
+                                 "seconds": self.seconds})
 
     def order(self, limit_s, fds=()):
         """Has the zygote watch the CPU seconds from now on and, given descriptors, start a candidate."""
@@ -434,10 +432,7 @@ class _Tester:
         self.order(PREPARE_S)
         sys.modules["tests"] = types.ModuleType("tests")    # where dataclasses look themselves up
         space, depth = vars(sys.modules["tests"]), sys.getrecursionlimit()
-        try:
-            kind, detail = self.try_tests(job, _plan_tests(job), space)
-        except _Fault:
-            kind, detail = self.fault
+        verdict = self.try_tests(job, _plan_tests(job), space)
         sys.setrecursionlimit(depth)   # a prelude may raise it, for the program
         space.clear()                  # functions hold their namespace, and so each other
         ended, how = self.end_candidate()
@@ -445,7 +440,7 @@ class _Tester:
             return ended, how
         if self.fault == ENDED:
             return "forbidden call" if ended == "forbidden call" else "crash", how
-        return kind, detail
+        return self.fault or verdict
 
     def try_tests(self, job, plan, space):
         try:
@@ -458,14 +453,13 @@ class _Tester:
         except Exception as error:
             return "invalid", f"its tests fail before they call the candidate: {_line(error)}"
         self.start_candidate(job["timeout_s"])
-        # The program is there when its top level has run, and has defined what will be tested.
-        request = {"prelude": plan["shared"], "source": job["source"], "classes": list(self.classes),
-                   "names": plan["needed"]}
-        self.ask(lambda: request, forgivable=False)
         for name, expression in plan["names"].items():
             space[name] = functools.partial(self.call, expression)
         kind, detail = "passed", ""
         try:
+            # The program is there when its top level has run, and has defined what will be tested.
+            self.ask({"prelude": plan["shared"], "source": job["source"], "names": plan["needed"],
+                      "classes": list(self.classes)})
             for place, step in enumerate(steps):
                 exec(step, space)
                 self.passed = place            # the first step is no test
@@ -474,21 +468,19 @@ class _Tester:
             if error is not self.raised:
                 line = traceback.extract_tb(error.__traceback__)[-1].line
                 kind, detail = "wrong answer", _line(f"{_line(error, 100).rstrip(': ')} in: {line}")
-        if self.fault:
-            return self.fault
-        if self.calls == 0:
+        if self.calls == 0 and kind != "exception":
             return "invalid", "its tests never call the candidate: every program would do as well"
         return kind, detail
 
     def call(self, name, /, *args, **kwargs):
         self.calls += 1
-        return self.ask(lambda: pack([args, kwargs], self.classes) | {"call": name})
+        return self.ask({"call": name}, [args, kwargs])
 
-    def ask(self, make_request, forgivable=True):
-        """The candidate's value; raises its exception if a test may expect that. All else is a fault."""
+    def ask(self, request, arguments=()):
+        """What the candidate answers; raises its exception, as a test may expect that. All else is a fault."""
         ticket = os.urandom(8).hex()   # nobody can have answered before having read it
         try:
-            _send(self.candidate, make_request() | {"ticket": ticket})
+            _send(self.candidate, pack(arguments, self.classes) | request | {"ticket": ticket})
             answer = _receive(self.candidate, MAX_MESSAGE)
             if answer.pop("ticket", None) != ticket:
                 raise ValueError("an answer to another question")
@@ -506,7 +498,7 @@ class _Tester:
             self.fail("flood", f"an answer of more than {MAX_MESSAGE >> 20} MB")
         except Exception as error:     # not JSON, too deep, too large a number ...
             self.fail("protocol", _line(error))
-        if kind != "exception" or fatal or not forgivable:
+        if kind != "exception" or fatal:
             self.fail(kind if kind in TOLD_KINDS else "exception", _line(f"{name}: {text}"))
         raise self.raised
 
@@ -515,39 +507,26 @@ class _Tester:
         self.fault = self.fault or (kind, detail)
         raise _Fault
 
-    def run_cases(self, job):
-        """(kind, detail) of a Stdio."""
-        for given, expected in job["cases"]:
-            kind, detail = self.run_script(job, given, expected)
-            if kind != "passed":
-                return kind, detail
-            self.passed += 1
-        return "passed", ""
-
     def run_script(self, job, given, expected):
+        """(kind, detail) of one case of a Stdio."""
         with open(os.memfd_create("stdin"), "w+b") as stdin, open(os.memfd_create("stdout"), "w+b") as stdout:
             stdin.write(given.encode("utf-8", "surrogatepass"))
             stdin.seek(0)
             self.start_candidate(job["timeout_s"], [stdin.fileno(), stdout.fileno()])
-            told = ""
-            try:
-                # One message comes back at most, with the exception. Its word counts for the detail only.
-                _send(self.candidate, {"prelude": job["prelude"], "source": job["source"]})
-                told, *text = map(str, _receive(self.candidate, MAX_MESSAGE)["error"])
-            except (EOFError, ConnectionError):
-                pass                   # the usual end
-            except Exception:
-                told, text = "protocol", ["the program wrote to the sandbox's own channel"]
+            told = "protocol", "the program wrote to the sandbox's own channel"
+            try:                       # the usual end is a fault here: no answer
+                self.ask({"prelude": job["prelude"], "source": job["source"]})
+            except BaseException as error:
+                told = self.fault or ("exception", _line(error))
             kind, detail = self.end_candidate()
             stdout.seek(0)
             printed = stdout.read()
         if len(printed) >= MAX_MESSAGE:
             return "flood", f"more than {MAX_MESSAGE >> 20} MB on stdout"
-        if told:
-            return told if told in (*TOLD_KINDS, "protocol") else "exception", _line(": ".join(text[:2]))
-        if kind:
-            return kind, detail
+        if told != ENDED or kind:
+            return told if told != ENDED else (kind, detail)
         difference = first_difference(printed.decode("utf-8", "replace"), expected)
+        self.passed += not difference
         return ("wrong answer", difference) if difference else ("passed", "")
 
 
@@ -649,20 +628,17 @@ def _warm_up():
     gc.freeze()                        # the collector would touch, and so copy, every page in every child
 
 
-def _tester_main(trainer_pid, memory_mb, *paths):
-    """Where the process of the tester begins."""
-    alive = os.pidfd_open(int(trainer_pid))
-    trainer, null = Connection(os.dup(0)), os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1):
-        os.dup2(null, standard)        # tests may print
+def _tester_main(trainer_pid, memory_mb, paths):
+    """Where the process of the tester begins: its stdin is the channel, its stdout /dev/null."""
+    alive, trainer = os.pidfd_open(trainer_pid), Connection(os.dup(0))
+    os.dup2(1, 0)
     sys.path += [path for path in paths if path not in sys.path]
     _warm_up()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)      # the zygote sends it
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     zygote, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    os.dup2(null, 2)
-    os.close(null)
-    fork_child(_Zygote(os.getpid(), theirs, alive, int(memory_mb)).serve)
+    os.dup2(1, 2)                      # tests may print
+    fork_child(_Zygote(os.getpid(), theirs, alive, memory_mb).serve)
     theirs.close()
     _Tester(trainer, zygote).serve()
 
@@ -707,8 +683,7 @@ class _Zygote:
 
     def serve(self):
         while True:
-            pause = LOOK_S if self.limit_s else None
-            ready, _, _ = select.select([self.orders, self.trainer], [], [], pause)
+            ready = wait([self.orders, self.trainer], LOOK_S if self.limit_s else None)
             if self.trainer in ready:          # it has ended, even if a fork of it holds its sockets
                 os.kill(self.tester, signal.SIGKILL)
             elif ready:
@@ -758,11 +733,10 @@ class _Zygote:
         os.kill(self.candidate, signal.SIGKILL)
         _, status, usage = os.wait4(self.candidate, 0)
         self.candidate, code = 0, os.waitstatus_to_exitcode(status)
-        kind, detail = "exception" if code else "", f"the process ended with exit status {code}"
-        if code < 0:
-            kind = "forbidden call" if code == -signal.SIGSYS else "crash"
-            name, peak_mb = signal.Signals(-code).name, usage.ru_maxrss >> 10
-            detail = f"the process was killed by {name}, using {peak_mb} MB"
+        kinds = {0: "", -signal.SIGSYS: "forbidden call"}
+        kind = kinds.get(code, "crash" if code < 0 else "exception")
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        detail = f"the process ended with {how}, using {usage.ru_maxrss >> 10} MB"
         return *(self.fault or (kind, detail)), usage.ru_utime + usage.ru_stime
 
 
@@ -776,12 +750,9 @@ def _run_candidate(fds, memory_bytes, seccomp):
         os.chdir("/proc/self/fdinfo")  # a directory that holds nothing of anybody else's
         os.chroot(".")
     for standard, fd in enumerate(files):
-        os.dup2(fd, standard)          # stdin, stdout
+        os.dup2(fd, standard)          # under sys.stdin and sys.stdout, which have not been used
     os.dup2(channel, 3)
     os.closerange(4, 64)
-    if files:
-        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape")
-        sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape")
     # Root without capabilities: what seccomp lets through (madvise, say) must not do more than for a user.
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
     _set_limits({resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0,
@@ -873,7 +844,7 @@ def _run_script(channel, request):
     except BaseException as problem:
         error = error or _describe(problem)
     if error:
-        _send(channel, {"error": error})
+        _send(channel, {"error": error, "ticket": request["ticket"]})
     os._exit(code & 255 if isinstance(code, int) else int(code is not None))
 
 
@@ -887,44 +858,42 @@ SYSCALLS = """
     clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -,
     times 100 153, getrusage 98 165, getrandom 318 278, getpid 39 172, gettid 186 178, getuid 102 174,
     geteuid 107 175, getgid 104 176, getegid 108 177, uname 63 160, sched_getaffinity 204 123,
-    getrlimit 97 163, getcwd 79 17
+    getrlimit 97 163, getcwd 79 17, clone 56 220, clone3 435 435, prlimit64 302 261, newfstatat 262 79,
+    openat 257 56
 """
-CLONE, CLONE3, PRLIMIT, NEWFSTATAT, OPENAT = (56, 220), (435, 435), (302, 261), (262, 79), (257, 56)
 THREAD_FLAGS = 0x3D0F00                # what pthread_create passes to clone; anything else would be a process
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}    # with the kernel's names for them
 
 
 def build_filter(machine: str) -> bytes:
     """The seccomp filter as a `struct sock_fprog`, for a machine of ARCHITECTURES."""
-    column = list(ARCHITECTURES).index(machine)
     # (operation, instructions to skip if true, if false, operand): see linux/bpf_common.h.
     LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
-    NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16             # where they are; each argument has 64 bits
+    NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16             # where they are
+    KILL, ALLOW = (RETURN, 0, 0, 0x80000000), (RETURN, 0, 0, 0x7FFF0000)
     errors = errno.EPERM, errno.ENOENT, errno.ENOSYS
-    KILL, ALLOW, REFUSE, NO_FILE, NO_CALL = [
-        (RETURN, 0, 0, what) for what in (0x80000000, 0x7FFF0000, *(0x50000 | number for number in errors))]
+    REFUSE, NO_FILE, NO_CALL = [(RETURN, 0, 0, 0x50000 | number) for number in errors]
 
-    def when(call, *body):
-        """`body` for this system call: it must end in a return. Else skip it."""
-        return [(EQUAL, 0, len(body), call[column]), *body]
+    def when(operation, value, word, then):
+        """`then` if the operation is true of a word of the arguments: each has two of 32 bits, low and high."""
+        return [(LOAD, 0, 0, ARGUMENTS + 4 * word), (operation, 0, 1, value), then]
 
-    def when_argument(index, value):
-        low = ARGUMENTS + 8 * index
-        both_halves = [(LOAD, 0, 0, low), (EQUAL, 0, 3, value), (LOAD, 0, 0, low + 4), (EQUAL, 0, 1, 0)]
-        return [*both_halves, ALLOW, REFUSE]
-
+    ALL, AT_EMPTY_PATH = 0xFFFFFFFF, 0x1000
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    rules = {
+        "clone": [*when(ANY_BIT, ALL, 1, REFUSE), *when(EQUAL, THREAD_FLAGS, 0, ALLOW), REFUSE],
+        "clone3": [NO_CALL],                               # glibc falls back to clone
+        # No new limit: it only reads.
+        "prlimit64": [*when(ANY_BIT, ALL, 4, REFUSE), *when(ANY_BIT, ALL, 5, REFUSE), ALLOW],
+        "newfstatat": [*when(ANY_BIT, AT_EMPTY_PATH, 6, ALLOW), NO_FILE],      # so it is fstat, in glibc >= 2.33
+        "openat": [*when(ANY_BIT, writing, 4, REFUSE), NO_FILE],       # `try: open("input.txt")` is common
+    }
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, ARCHITECTURES[machine]), KILL, (LOAD, 0, 0, NUMBER)]
-    program += when(CLONE, *when_argument(0, THREAD_FLAGS))
-    program += when(CLONE3, NO_CALL)                       # glibc falls back to clone
-    program += when(PRLIMIT, *when_argument(2, 0))         # no new limit: it only reads
-    AT_EMPTY_PATH = 0x1000                                 # so newfstatat is fstat, in glibc >= 2.33
-    program += when(NEWFSTATAT, (LOAD, 0, 0, ARGUMENTS + 24), (ANY_BIT, 0, 1, AT_EMPTY_PATH), ALLOW, NO_FILE)
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT         # reading: `try: open("input.txt")` is common
-    program += when(OPENAT, (LOAD, 0, 0, ARGUMENTS + 16), (ANY_BIT, 0, 1, writing), REFUSE, NO_FILE)
     for line in SYSCALLS.split(","):
-        _, *numbers = line.split()
-        if numbers[column] != "-":
-            program += [(EQUAL, 0, 1, int(numbers[column])), ALLOW]
+        name, *numbers = line.split()
+        number, rule = numbers[list(ARCHITECTURES).index(machine)], rules.get(name, [ALLOW])
+        if number != "-":
+            program += [(EQUAL, 0, len(rule), int(number)), *rule]
     code = b"".join(struct.pack("HBBI", *instruction) for instruction in [*program, REFUSE])
     build_filter.code = ctypes.create_string_buffer(code, len(code))    # keeps it alive
     return struct.pack("HP", len(program) + 1, ctypes.addressof(build_filter.code))
