@@ -18,12 +18,12 @@ A test-executed reward is as good as its harness: reinforcement learning finds e
 1. Tests and program never share a process: what a program could read, patch or skip is not there. Values
    travel as tagged JSON of plain types: an object that lies in `__eq__` arrives as the plain value in it.
 2. A fault (death, timeout, flood, broken protocol) is the verdict: no bare `except` in a test can forgive it.
-3. The candidate can only compute: a seccomp-BPF allowlist refuses every other system call (files, sockets,
-   processes, signals). It is installed before the source is read; without seccomp nothing runs.
+3. The candidate can only compute: a seccomp-BPF allowlist, installed before the source is read, refuses every
+   other system call (files, sockets, processes, signals). Without seccomp nothing runs.
 4. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. The tester is no fork of the
    trainer (gigabytes of page tables, secrets), and the zygote is forked before any test is read.
-5. A limit is CPU time, of program and tests; four times that in wall time ends those who sleep. A tester that
-   a legal but nasty value holds up (`10**12` in a test that counts up to it) is killed too.
+5. A limit is CPU time, of program and tests; four times that in wall time ends those who sleep, or testers
+   whom a legal but nasty value holds up (`10**12` in a test that counts up to it).
 """
 
 import ast
@@ -213,7 +213,7 @@ class _Worker:
 
     def launch(self):
         paths = [path for path in sys.path if os.path.isabs(path) and os.path.isdir(path)]
-        # As a module, because Python keeps the bytecode of modules: compiling this file takes longer than that.
+        # As a module, because Python keeps the bytecode of modules: compiling this file takes longer.
         code = f"""import importlib.machinery as machinery
 machinery.SourceFileLoader("sandbox", {os.path.abspath(__file__)!r}).load_module()._tester_main(
     {os.getpid()}, {self.memory_mb}, {paths})"""
@@ -239,7 +239,7 @@ machinery.SourceFileLoader("sandbox", {os.path.abspath(__file__)!r}).load_module
 
     def finish(self) -> Verdict | None:
         """The verdict, when there is something to be read; None if the job has to be tried again."""
-        told = {"kind": "crash", "detail": "the worker died twice on this job", "tests_passed": 0, "seconds": 0.0}
+        told = {"kind": "crash", "detail": "its worker died twice", "tests_passed": 0, "seconds": 0.0}
         try:
             told = _receive(self.channel)
         except (EOFError, OSError):
@@ -278,11 +278,6 @@ def _receive(channel: Connection, limit=None):
     return json.loads(channel.recv_bytes(limit))
 
 
-def _view(items):
-    """It can be gone through, `set(candidate(x))` works, and `== [1, 2]` fails, as without a sandbox."""
-    return dict(enumerate(items)).values()
-
-
 # What travels as {tag: text or [item, ...]}: its types, and the ways there and back.
 PLAIN = {
     "tuple": (tuple, list, tuple),
@@ -296,8 +291,10 @@ PLAIN = {
     "bytes": (bytes, bytes.hex, bytes.fromhex),
     "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
     "iterator": (Iterator, lambda value: list(itertools.islice(value, MAX_ITEMS)), iter),
-    "match": (re.Match, lambda value: [value[0], *value.groups()], _view),
-    "listing": ((range, KeysView, ValuesView, ItemsView, collections.deque), list, _view),
+    # It can be gone through, `set(candidate(x))` works, and `== [1, 2]` fails, as without a sandbox.
+    "listing": ((range, KeysView, ValuesView, ItemsView, collections.deque, re.Match),
+                lambda value: [value[0], *value.groups()] if isinstance(value, re.Match) else list(value),
+                lambda items: dict(enumerate(items)).values()),
 }
 VALUED = (tuple, enum.Enum)    # a record of such a class is made of its value, others of their fields
 
@@ -372,9 +369,9 @@ def unpack(packed: dict, classes=None, find_name=None):
     for place, (cls, fields) in enumerate(packed["records"]):
         for name, item in () if issubclass(classes[cls], VALUED) else fields.items():
             # A field comes before a method of its name: after `node.same = bool`, `node.same(7)` is true.
-            of_class = [vars(base)[name] for base in classes[cls].__mro__ if name in vars(base)]
-            methods = [value for value in of_class if callable(value) or hasattr(value, "__get__")]
-            if name.startswith("__") or {type(method) for method in methods} - {types.MemberDescriptorType}:
+            of_class = [vars(base).get(name) for base in classes[cls].__mro__]
+            kinds = {type(value) for value in of_class if callable(value) or hasattr(value, "__get__")}
+            if name.startswith("__") or kinds - {types.MemberDescriptorType}:
                 raise ValueError(f"a record with the reserved field {name}")
             object.__setattr__(record(place), name, build(item))
     return build(packed["value"])
@@ -384,10 +381,7 @@ def unpack(packed: dict, classes=None, find_name=None):
 
 TOLD_KINDS = ("syntax", "memory", "forbidden call")    # of a verdict, that the candidate's own word decides
 ENDED = ("crash", "")                                  # a fault whose kind and detail the zygote knows
-
-
-class _Fault(BaseException):
-    """Ends the tests. A test may catch it: `_Tester.fault` remains."""
+_compile = functools.lru_cache(maxsize=64)(compile)    # a batch holds many programs for few problems
 
 
 class _Tester:
@@ -443,11 +437,14 @@ class _Tester:
         return self.fault or verdict
 
     def try_tests(self, job, plan, space):
+        texts = [plan["shared"], *plan["steps"]]
+        for n, text in enumerate(texts):       # where `traceback` looks for lines
+            linecache.cache[f"<test {n}>"] = 0, None, text.splitlines(), ""
         try:
-            exec(_compile(plan["shared"], "<prelude>"), space)
+            shared, early, *steps = [_compile(text, f"<test {n}>", "exec") for n, text in enumerate(texts)]
+            exec(shared, space)
             classes = [value for value in space.values() if isinstance(value, type)]
             self.classes = {cls.__name__: cls for cls in classes if cls.__module__ == "tests"}
-            early, *steps = [_compile(text, f"<test {n}>") for n, text in enumerate(plan["steps"])]
             exec(early, space)
             space.update({name: importlib.import_module(name) for name in plan["modules"]})
         except Exception as error:
@@ -458,8 +455,8 @@ class _Tester:
         kind, detail = "passed", ""
         try:
             # The program is there when its top level has run, and has defined what will be tested.
-            self.ask({"prelude": plan["shared"], "source": job["source"], "names": plan["needed"],
-                      "classes": list(self.classes)})
+            program = plan["shared"], job["source"], plan["needed"]
+            self.ask({"call": "", "classes": list(self.classes)}, [program, {}])
             for place, step in enumerate(steps):
                 exec(step, space)
                 self.passed = place            # the first step is no test
@@ -477,7 +474,7 @@ class _Tester:
         return self.ask({"call": name}, [args, kwargs])
 
     def ask(self, request, arguments=()):
-        """What the candidate answers; raises its exception, as a test may expect that. All else is a fault."""
+        """What the candidate answers; raises its exception, which a test may expect. All else is a fault."""
         ticket = os.urandom(8).hex()   # nobody can have answered before having read it
         try:
             _send(self.candidate, pack(arguments, self.classes) | request | {"ticket": ticket})
@@ -505,7 +502,7 @@ class _Tester:
     def fail(self, kind, detail):
         """The first fault stands: after it nothing that the tests do can make another verdict."""
         self.fault = self.fault or (kind, detail)
-        raise _Fault
+        raise SystemExit               # `except Exception` lets it through
 
     def run_script(self, job, given, expected):
         """(kind, detail) of one case of a Stdio."""
@@ -528,16 +525,6 @@ class _Tester:
         difference = first_difference(printed.decode("utf-8", "replace"), expected)
         self.passed += not difference
         return ("wrong answer", difference) if difference else ("passed", "")
-
-
-@functools.lru_cache(maxsize=64)       # a batch holds many programs for few problems
-def _compile_once(text, name):
-    return compile(text, name, "exec")
-
-
-def _compile(text, name):
-    linecache.cache[name] = 0, None, text.splitlines(), name       # where `traceback` looks for lines
-    return _compile_once(text, name)
 
 
 def _plan_tests(job) -> dict:
@@ -563,7 +550,7 @@ def names_under_test(reference: str, tests: Iterable[str]) -> tuple[str, ...]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")    # an invalid escape is not worth a line on stderr
         symbols = symtable.symtable(reference, "<reference>", "exec").get_symbols()
-        nodes = list(ast.walk(ast.parse("\n".join(tests))))
+        nodes = ast.walk(ast.parse("\n".join(tests)))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     return tuple(sorted(used & {name.get_name() for name in symbols if name.is_assigned()}))
 
@@ -614,8 +601,12 @@ MODULES = """
 """.split()
 
 
-def _warm_up():
-    """Does once what every program would have to do otherwise."""
+def _tester_main(trainer_pid, memory_mb, paths):
+    """Where the process of the tester begins: its stdin is the channel, its stdout /dev/null."""
+    alive, trainer = os.pidfd_open(trainer_pid), Connection(os.dup(0))
+    os.dup2(1, 0)
+    sys.path += [path for path in paths if path not in sys.path]
+    # Once, what every program would have to do otherwise.
     for name in MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -626,14 +617,6 @@ def _warm_up():
     random.seed(0)                     # every program finds the same numbers: a verdict can be had again
     gc.collect()
     gc.freeze()                        # the collector would touch, and so copy, every page in every child
-
-
-def _tester_main(trainer_pid, memory_mb, paths):
-    """Where the process of the tester begins: its stdin is the channel, its stdout /dev/null."""
-    alive, trainer = os.pidfd_open(trainer_pid), Connection(os.dup(0))
-    os.dup2(1, 0)
-    sys.path += [path for path in paths if path not in sys.path]
-    _warm_up()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)      # the zygote sends it
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     zygote, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -733,11 +716,10 @@ class _Zygote:
         os.kill(self.candidate, signal.SIGKILL)
         _, status, usage = os.wait4(self.candidate, 0)
         self.candidate, code = 0, os.waitstatus_to_exitcode(status)
-        kinds = {0: "", -signal.SIGSYS: "forbidden call"}
-        kind = kinds.get(code, "crash" if code < 0 else "exception")
+        kind = "forbidden call" if code == -signal.SIGSYS else "crash" if code < 0 else "exception"
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         detail = f"the process ended with {how}, using {usage.ru_maxrss >> 10} MB"
-        return *(self.fault or (kind, detail)), usage.ru_utime + usage.ru_stime
+        return *(self.fault or (kind if code else "", detail)), usage.ru_utime + usage.ru_stime
 
 
 # ---- The candidate ----
@@ -792,30 +774,28 @@ def _execute(source, space):
 def _serve_calls(channel, request):
     space = vars(sys.modules.setdefault("program", types.ModuleType("program")))
     find_name = functools.cache(lambda name: eval(name, space))    # makes the one in `Solution().f` once
-    prelude, source, classes = request["prelude"], request["source"], request["classes"]
-    if source.lstrip("\r\n")[:1] in (" ", "\t"):
-        prelude, source = "", f"{prelude}\n{source}"
-    answer = pack(None)
-    try:
+    classes = request["classes"]
+
+    def load(prelude, source, names):
+        if source.lstrip("\r\n")[:1] in (" ", "\t"):
+            prelude, source = "", f"{prelude}\n{source}"
         _execute(prelude, space)
         _execute(source, space)
-        for name in request["names"]:
+        for name in names:
             find_name(name)
-    except BaseException as error:
-        answer = {"error": _describe(error)}
-    _send(channel, answer | {"ticket": request["ticket"]})
+
     while True:
-        request = _receive(channel)
         kind = "value"                 # an error on its way: not one that the program raised
         try:
             args, kwargs = unpack(request, space, find_name)
-            function = find_name(request["call"])
+            function = find_name(request["call"]) if request["call"] else load     # the first call
             kind = "exception"
             value = function(*args, **kwargs)
             kind = "value"
             _send(channel, pack(value, classes) | {"ticket": request["ticket"]})
         except BaseException as error:
             _send(channel, {"error": _describe(error, kind), "ticket": request["ticket"]})
+        request = _receive(channel)
 
 
 def _run_script(channel, request):
@@ -875,7 +855,7 @@ def build_filter(machine: str) -> bytes:
     REFUSE, NO_FILE, NO_CALL = [(RETURN, 0, 0, 0x50000 | number) for number in errors]
 
     def when(operation, value, word, then):
-        """`then` if the operation is true of a word of the arguments: each has two of 32 bits, low and high."""
+        """`then` if the operation is true of a word of the arguments: each has a low and a high one."""
         return [(LOAD, 0, 0, ARGUMENTS + 4 * word), (operation, 0, 1, value), then]
 
     ALL, AT_EMPTY_PATH = 0xFFFFFFFF, 0x1000
@@ -885,7 +865,7 @@ def build_filter(machine: str) -> bytes:
         "clone3": [NO_CALL],                               # glibc falls back to clone
         # No new limit: it only reads.
         "prlimit64": [*when(ANY_BIT, ALL, 4, REFUSE), *when(ANY_BIT, ALL, 5, REFUSE), ALLOW],
-        "newfstatat": [*when(ANY_BIT, AT_EMPTY_PATH, 6, ALLOW), NO_FILE],      # so it is fstat, in glibc >= 2.33
+        "newfstatat": [*when(ANY_BIT, AT_EMPTY_PATH, 6, ALLOW), NO_FILE],    # it is fstat, in glibc >= 2.33
         "openat": [*when(ANY_BIT, writing, 4, REFUSE), NO_FILE],       # `try: open("input.txt")` is common
     }
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, ARCHITECTURES[machine]), KILL, (LOAD, 0, 0, NUMBER)]
@@ -900,20 +880,18 @@ def build_filter(machine: str) -> bytes:
 
 
 def main():
-    """Shows what becomes of four programs for one task."""
+    """Shows what becomes of an honest, a wrong, a cheating and an endless program."""
     test = "def check(candidate):\n    assert candidate([3, 1, 2]) == [1, 2, 3]"
-    programs = {
-        "honest": "def order(items):\n    return sorted(items)",
-        "wrong": "def order(items):\n    return items",
-        "cheating": "class Yes(list):\n    def __eq__(self, other): return True\norder = Yes",
-        "endless": "def order(items):\n    while True: pass",
-    }
+    programs = [
+        "def order(items):\n    return sorted(items)",
+        "def order(items):\n    return items",
+        "class Yes(list):\n    def __eq__(self, other): return True\norder = Yes",
+        "def order(items):\n    while True: pass",
+    ]
     print(f"The test, which no program sees:\n\n{test}\n")
     with Sandbox(workers=2, timeout_s=0.5) as sandbox:
-        verdicts = sandbox.iter(Check(source, test, "order") for source in programs.values())
-        for (name, source), verdict in zip(programs.items(), verdicts):
-            print(f"{name}:\n\n{source}\n")
-            print(f"-> {verdict.kind}, {1000 * verdict.seconds:.1f} ms of CPU. {verdict.detail}\n")
+        for source, verdict in zip(programs, sandbox.iter(Check(source, test, "order") for source in programs)):
+            print(f"{source}\n\n-> {verdict.kind}, {verdict.seconds:.4f} s of CPU. {verdict.detail}\n")
 
 
 if __name__ == "__main__":
