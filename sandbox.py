@@ -156,10 +156,9 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def close(self):
         """Ends every process of this sandbox. May be called twice."""
-        workers, self._workers = self._workers, []
         if self._owner == os.getpid():
-            for worker in workers:
-                worker.close()
+            while self._workers:
+                self._workers.pop().close()
 
     def run(self, jobs: Iterable) -> list[Verdict]:
         """The verdicts of `jobs`, in their order. Raises what `iter` raises."""
@@ -175,15 +174,16 @@ class Sandbox(contextlib.AbstractContextManager):
             raise RuntimeError("this Sandbox is closed (or of another process: open one per process)")
         if self._running:
             raise RuntimeError("this Sandbox is already running jobs: use one per thread")
-        self._running, idle, busy = True, list(self._workers), []
+        self._running, busy = True, []
         todo, place, verdicts = enumerate(jobs), 0, {}     # the next to yield; those that came before it
         try:
             while True:
-                for index, job in itertools.islice(todo, len(idle)):
+                idle = [worker for worker in self._workers if worker not in busy]
+                for worker, (index, job) in zip(idle, todo):
                     if not isinstance(job, (Check, Asserts, Stdio)) or not job[1]:
                         raise TypeError(f"job {index} is no Check, Asserts or Stdio with tests: {job!r:.80}")
-                    busy.append(idle.pop())
-                    busy[-1].start(index, job._replace(timeout_s=job.timeout_s or self.timeout_s))
+                    busy.append(worker)
+                    worker.start(index, job._replace(timeout_s=job.timeout_s or self.timeout_s))
                 if not busy:
                     return
                 for worker in wait(busy):
@@ -191,7 +191,6 @@ class Sandbox(contextlib.AbstractContextManager):
                     if verdict is not None:
                         verdicts[worker.index] = verdict
                         busy.remove(worker)
-                        idle.append(worker)
                 while place in verdicts:
                     verdict = verdicts.pop(place)
                     if verdict.kind == "invalid":
@@ -382,6 +381,7 @@ def unpack(packed: dict, classes=None, find_name=None):
 TOLD_KINDS = ("syntax", "memory", "forbidden call")    # of a verdict, that the candidate's own word decides
 ENDED = ("crash", "")                                  # a fault whose kind and detail the zygote knows
 _compile = functools.lru_cache(maxsize=64)(compile)    # a batch holds many programs for few problems
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 class _Tester:
@@ -389,7 +389,8 @@ class _Tester:
 
     def __init__(self, trainer: Connection, zygote: socket.socket):
         self.trainer, self.zygote = trainer, zygote
-        _set_limits({resource.RLIMIT_AS: TESTER_MB << 20})     # `[0] * candidate()` in a test
+        with contextlib.suppress(ValueError):      # a lower one holds already
+            resource.setrlimit(resource.RLIMIT_AS, (TESTER_MB << 20,) * 2)      # `[0] * candidate()` in a test
 
     def serve(self):
         while True:
@@ -561,9 +562,6 @@ def _line(error, limit=200):
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[:4 * limit].split())[:limit])
 
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
 def first_difference(printed: str, expected: str) -> str:
     """Where an output is wrong, token by token; "" if nowhere. Where a float is expected, any number within
     1e-6 (absolute or relative) will do. Whole numbers are exact; 20.00 is 20, as for the judges who wrote the
@@ -613,7 +611,6 @@ def _tester_main(trainer_pid, memory_mb, paths):
     warnings.simplefilter("ignore")    # an invalid escape in somebody's source is not worth a line on stderr
     compile("", "<first>", "exec")     # the first one makes the types of syntax trees, which takes 2 ms
     builtins.exit = builtins.quit = sys.exit    # `site` defines them, and -S leaves it out
-    sys.argv = [""]
     random.seed(0)                     # every program finds the same numbers: a verdict can be had again
     gc.collect()
     gc.freeze()                        # the collector would touch, and so copy, every page in every child
@@ -628,8 +625,7 @@ def _tester_main(trainer_pid, memory_mb, paths):
 
 def fork_child(run, *args) -> int:
     """Calls `run(*args)` in a child, which ends with this process; returns its pid."""
-    # `os.fork` lets `threading`, `random` and others put themselves in order for the child, which doubles the
-    # price. A process with one thread and no lock taken has nothing to put in order.
+    # Not `os.fork`: it lets `threading` and others put themselves in order, which doubles the price.
     def fork():
         pid = libc.fork()
         if pid < 0:
@@ -646,12 +642,6 @@ def fork_child(run, *args) -> int:
         finally:
             os._exit(1)
     return pid
-
-
-def _set_limits(limits):
-    for limit, value in limits.items():
-        with contextlib.suppress(ValueError):      # a lower one holds already
-            resource.setrlimit(limit, (value, value))
 
 
 class _Zygote:
@@ -737,8 +727,12 @@ def _run_candidate(fds, memory_bytes, seccomp):
     os.closerange(4, 64)
     # Root without capabilities: what seccomp lets through (madvise, say) must not do more than for a user.
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    _set_limits({resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0,
-                 resource.RLIMIT_FSIZE: MAX_MESSAGE})      # stdout's; there is no other file that grows
+    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0,
+              resource.RLIMIT_FSIZE: MAX_MESSAGE}      # stdout's; there is no other file that grows
+    for limit, value in limits.items():
+        with contextlib.suppress(ValueError):      # a lower one holds already
+            resource.setrlimit(limit, (value, value))
+    seccomp = struct.pack("HP", len(seccomp) // 8, ctypes.addressof(seccomp))      # struct sock_fprog
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, seccomp, 0, 0):
         os._exit(1)
     channel = Connection(3)
@@ -762,13 +756,14 @@ def _describe(error, kind="exception"):
     return [kind, cls.__name__, text, args]
 
 
-def _execute(source, space):
-    try:
-        code = compile(source, "<program>", "exec")
-    except BaseException as error:
-        error.kind = "syntax"          # for `_describe`
-        raise
-    exec(code, space)
+def _execute(space, *sources):
+    for source in sources:
+        try:
+            code = compile(source, "<program>", "exec")
+        except BaseException as error:
+            error.kind = "syntax"      # for `_describe`
+            raise
+        exec(code, space)
 
 
 def _serve_calls(channel, request):
@@ -779,8 +774,7 @@ def _serve_calls(channel, request):
     def load(prelude, source, names):
         if source.lstrip("\r\n")[:1] in (" ", "\t"):
             prelude, source = "", f"{prelude}\n{source}"
-        _execute(prelude, space)
-        _execute(source, space)
+        _execute(space, prelude, source)
         for name in names:
             find_name(name)
 
@@ -806,8 +800,7 @@ def _run_script(channel, request):
     resource.setrlimit = lambda *limits: None
     code = error = None
     try:
-        _execute(request["prelude"], vars(sys.modules["__main__"]))
-        _execute(request["source"], vars(sys.modules["__main__"]))
+        _execute(vars(sys.modules["__main__"]), request["prelude"], request["source"])
     except SystemExit as end:
         code = end.code                # None is 0, a text is 1
     except BaseException as problem:
@@ -845,14 +838,14 @@ THREAD_FLAGS = 0x3D0F00                # what pthread_create passes to clone; an
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}    # with the kernel's names for them
 
 
-def build_filter(machine: str) -> bytes:
-    """The seccomp filter as a `struct sock_fprog`, for a machine of ARCHITECTURES."""
+def build_filter(machine: str) -> ctypes.Array:
+    """The instructions of the seccomp filter, of 8 bytes each, for a machine of ARCHITECTURES."""
     # (operation, instructions to skip if true, if false, operand): see linux/bpf_common.h.
     LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
     NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16             # where they are
     KILL, ALLOW = (RETURN, 0, 0, 0x80000000), (RETURN, 0, 0, 0x7FFF0000)
-    errors = errno.EPERM, errno.ENOENT, errno.ENOSYS
-    REFUSE, NO_FILE, NO_CALL = [(RETURN, 0, 0, 0x50000 | number) for number in errors]
+    REFUSE, NO_FILE, NO_CALL = [
+        (RETURN, 0, 0, 0x50000 | number) for number in (errno.EPERM, errno.ENOENT, errno.ENOSYS)]
 
     def when(operation, value, word, then):
         """`then` if the operation is true of a word of the arguments: each has a low and a high one."""
@@ -874,9 +867,7 @@ def build_filter(machine: str) -> bytes:
         number, rule = numbers[list(ARCHITECTURES).index(machine)], rules.get(name, [ALLOW])
         if number != "-":
             program += [(EQUAL, 0, len(rule), int(number)), *rule]
-    code = b"".join(struct.pack("HBBI", *instruction) for instruction in [*program, REFUSE])
-    build_filter.code = ctypes.create_string_buffer(code, len(code))    # keeps it alive
-    return struct.pack("HP", len(program) + 1, ctypes.addressof(build_filter.code))
+    return ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in [*program, REFUSE]))
 
 
 def main():
@@ -889,9 +880,10 @@ def main():
         "def order(items):\n    while True: pass",
     ]
     print(f"The test, which no program sees:\n\n{test}\n")
+    jobs = [Check(source, test, "order") for source in programs]
     with Sandbox(workers=2, timeout_s=0.5) as sandbox:
-        for source, verdict in zip(programs, sandbox.iter(Check(source, test, "order") for source in programs)):
-            print(f"{source}\n\n-> {verdict.kind}, {verdict.seconds:.4f} s of CPU. {verdict.detail}\n")
+        for job, verdict in zip(jobs, sandbox.iter(jobs)):
+            print(f"{job.source}\n\n-> {verdict.kind}, {verdict.seconds:.4f} s of CPU. {verdict.detail}\n")
 
 
 if __name__ == "__main__":
