@@ -5,8 +5,7 @@
         [verdict] = sandbox.run([Asserts("def add(a, b): return a + b", ("assert add(1, 2) == 3",))])
     print(verdict.passed, verdict.kind, verdict.detail)
 
-Linux on x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install; `python sandbox.py` shows it
-at work. The processes:
+Linux on x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install. The processes:
 
     trainer ---socket---> tester: one for each worker. Runs the tests, and holds the expected values
     your process            |---fork---> zygote: forks the candidates, and watches all clocks
@@ -20,10 +19,9 @@ A test-executed reward is as good as its harness: reinforcement learning finds e
 2. A fault (death, timeout, flood, broken protocol) is the verdict: no bare `except` in a test can forgive it.
 3. The candidate can only compute: a seccomp-BPF allowlist, installed before the source is read, refuses every
    other system call (files, sockets, processes, signals). Without seccomp nothing runs.
-4. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. The tester is no fork of the
-   trainer (gigabytes of page tables, secrets), and the zygote is forked before any test is read.
-5. A limit is CPU time, of program and tests; four times that in wall time ends those who sleep, or testers
-   whom a legal but nasty value holds up (`10**12` in a test that counts up to it).
+4. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. No process is a fork of the trainer
+   (gigabytes of page tables, secrets), and the zygote is forked before any test is read.
+5. A limit is CPU time, of program and tests; four times that in wall time ends those who sleep.
 """
 
 import ast
@@ -68,7 +66,7 @@ TESTER_MB = 4096              # address space of the tests
 PREPARE_S = 60.0              # CPU seconds that the tests of a job may take before they need the program
 WALL_FACTOR = 4               # times its timeout_s in wall time ends a program that sleeps
 LOOK_S = 0.02                 # between two looks at a program that runs
-GRACE_S = 2.0                 # seconds after the end of its program in which a tester has to give its verdict
+GRACE_S = 2.0                 # seconds that a tester has after the end of its program: a value may hold it up
 
 
 # ---- The public face: three kinds of job, one kind of verdict ----
@@ -128,8 +126,7 @@ class Sandbox(contextlib.AbstractContextManager):
     """A pool of workers. Use as a context manager, or call `close()`.
 
     workers: None means one per core that this process may use, shared between the ranks of torchrun here.
-    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none;
-    four times as much wall time ends it too.
+    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none.
     Raises ValueError for a bad argument, RuntimeError where the sandbox cannot work (no Linux, no seccomp).
     """
 
@@ -170,10 +167,8 @@ class Sandbox(contextlib.AbstractContextManager):
         Raises TypeError for what is no job or has no tests, InvalidJob (a ValueError) for tests that do not
         compile or never call the candidate, RuntimeError if the sandbox is closed or busy.
         """
-        if not self._workers or self._owner != os.getpid():
-            raise RuntimeError("this Sandbox is closed (or of another process: open one per process)")
-        if self._running:
-            raise RuntimeError("this Sandbox is already running jobs: use one per thread")
+        if self._running or not self._workers or self._owner != os.getpid():
+            raise RuntimeError("this Sandbox is busy, closed or of another process: open one per thread")
         self._running, busy = True, []
         todo, place, verdicts = enumerate(jobs), 0, {}     # the next to yield; those that came before it
         try:
@@ -187,8 +182,7 @@ class Sandbox(contextlib.AbstractContextManager):
                 if not busy:
                     return
                 for worker in wait(busy):
-                    verdict = worker.finish()
-                    if verdict is not None:
+                    if verdict := worker.finish():
                         verdicts[worker.index] = verdict
                         busy.remove(worker)
                 while place in verdicts:
@@ -208,9 +202,6 @@ class _Worker:
 
     def __init__(self, memory_mb):
         self.memory_mb = memory_mb
-        self.launch()
-
-    def launch(self):
         paths = [path for path in sys.path if os.path.isabs(path) and os.path.isdir(path)]
         # As a module, because Python keeps the bytecode of modules: compiling this file takes longer.
         code = f"""import importlib.machinery as machinery
@@ -232,7 +223,7 @@ machinery.SourceFileLoader("sandbox", {os.path.abspath(__file__)!r}).load_module
         self.index, self.job, self.tries = index, job, tries
         if self.process.poll() is not None:
             self.close()
-            self.launch()
+            self.__init__(self.memory_mb)      # a new process
         with contextlib.suppress(OSError):     # if it dies, `finish` will see that
             _send(self.channel, self.job._asdict())
 
@@ -390,7 +381,7 @@ class _Tester:
     def __init__(self, trainer: Connection, zygote: socket.socket):
         self.trainer, self.zygote = trainer, zygote
         with contextlib.suppress(ValueError):      # a lower one holds already
-            resource.setrlimit(resource.RLIMIT_AS, (TESTER_MB << 20,) * 2)      # `[0] * candidate()` in a test
+            resource.setrlimit(resource.RLIMIT_AS, (TESTER_MB << 20,) * 2)     # `[0] * candidate()`
 
     def serve(self):
         while True:
@@ -493,7 +484,7 @@ class _Tester:
         except (EOFError, ConnectionError):
             self.fail(*ENDED)
         except OSError:
-            self.fail("flood", f"an answer of more than {MAX_MESSAGE >> 20} MB")
+            self.fail("flood", f"a message of more than {MAX_MESSAGE >> 20} MB")
         except Exception as error:     # not JSON, too deep, too large a number ...
             self.fail("protocol", _line(error))
         if kind != "exception" or fatal:
@@ -512,7 +503,7 @@ class _Tester:
             stdin.seek(0)
             self.start_candidate(job["timeout_s"], [stdin.fileno(), stdout.fileno()])
             told = "protocol", "the program wrote to the sandbox's own channel"
-            try:                       # the usual end is a fault here: no answer
+            try:                       # the usual end is ENDED, without an answer
                 self.ask({"prelude": job["prelude"], "source": job["source"]})
             except BaseException as error:
                 told = self.fault or ("exception", _line(error))
@@ -564,8 +555,7 @@ def _line(error, limit=200):
 
 def first_difference(printed: str, expected: str) -> str:
     """Where an output is wrong, token by token; "" if nowhere. Where a float is expected, any number within
-    1e-6 (absolute or relative) will do. Whole numbers are exact; 20.00 is 20, as for the judges who wrote the
-    expected outputs."""
+    1e-6 (absolute or relative) will do. Whole numbers are exact; 20.00 is 20, as judges have it."""
     got, want = printed.split(), expected.split()
     for place, (token, right) in enumerate(zip(got, want)):
         if token != right and not _is_close(token, right):
