@@ -213,7 +213,7 @@ machinery.SourceFileLoader("sandbox", {os.path.abspath(__file__)!r}).load_module
         self.channel, theirs = Pipe()
         with theirs:
             self.process = _patiently(lambda: subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code], stdin=theirs.fileno(), stdout=subprocess.DEVNULL,
+                [sys.executable, "-I", "-S", "-c", code], stdin=subprocess.DEVNULL, stdout=theirs.fileno(),
                 env=environment, cwd="/", start_new_session=True))
 
     def fileno(self):                  # for `wait`
@@ -590,9 +590,9 @@ MODULES = """
 
 
 def _tester_main(trainer_pid, memory_mb, paths):
-    """Where the process of the tester begins: its stdin is the channel, its stdout /dev/null."""
-    alive, trainer = os.pidfd_open(trainer_pid), Connection(os.dup(0))
-    os.dup2(1, 0)
+    """Where the process of the tester begins: its stdin is /dev/null, its stdout the channel."""
+    alive, trainer = os.pidfd_open(trainer_pid), Connection(os.dup(1))
+    os.dup2(0, 1)
     sys.path += [path for path in paths if path not in sys.path]
     # Once, what every program would have to do otherwise.
     for name in MODULES:
