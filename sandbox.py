@@ -5,13 +5,10 @@
         [verdict] = sandbox.run([Asserts("def add(a, b): return a + b", ("assert add(1, 2) == 3",))])
     print(verdict.passed, verdict.kind, verdict.detail)
 
-Linux on x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install; `python sandbox.py` shows it
-at work. The processes:
+Linux on x86-64 or aarch64, Python 3.10 to 3.13, root or not, nothing to install. The processes:
 
-    trainer ---socket---> tester: Python with its modules, and no secrets of yours; one for each worker. It
-    your process            |     runs the tests, and holds the expected values
-                            |---fork---> zygote, before any test is read: forks the candidates, watches all
-                                            |     clocks
+    trainer ---socket---> tester: one for each worker. Runs the tests, and holds the expected values
+    your process            |---fork---> zygote: forks the candidates, and watches all clocks
                                             |---fork---> candidate: one for each program. It answers the calls
                                                          of the tester, "name(arguments)", with values
 
@@ -20,12 +17,11 @@ A test-executed reward is as good as its harness: reinforcement learning finds e
 1. Tests and program never share a process: what a program could read, patch or skip is not there. Values
    travel as tagged JSON of plain types: an object that lies in `__eq__` arrives as the plain value in it.
 2. A fault (death, timeout, flood, broken protocol) is the verdict: no bare `except` in a test can forgive it.
-3. The candidate can only compute: a seccomp-BPF allowlist refuses every other system call (files, sockets,
-   processes, signals). It is installed before the source is read; without seccomp nothing runs.
-4. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. The tester is no fork of the
-   trainer: that would copy the page tables of gigabytes, and share secrets.
-5. A limit is CPU time, of program and tests. Four times that in wall time ends those who sleep. A tester that
-   a legal but nasty value holds up (`10**12` in a test that counts up to it) is killed too.
+3. The candidate can only compute: a seccomp-BPF allowlist, installed before the source is read, refuses every
+   other system call (files, sockets, processes, signals). Without seccomp nothing runs.
+4. Starting Python with its modules takes 200 ms, forking a warm one 1 ms. No process is a fork of the trainer
+   (gigabytes of page tables, secrets), and the zygote is forked before any test is read.
+5. A limit is CPU time, of program and tests; four times that in wall time ends those who sleep.
 """
 
 import ast
@@ -33,6 +29,7 @@ import atexit
 import builtins
 import collections
 import contextlib
+import copyreg
 import ctypes
 import enum
 import errno
@@ -47,7 +44,6 @@ import os
 import random
 import re
 import resource
-import select
 import signal
 import socket
 import struct
@@ -70,7 +66,7 @@ TESTER_MB = 4096              # address space of the tests
 PREPARE_S = 60.0              # CPU seconds that the tests of a job may take before they need the program
 WALL_FACTOR = 4               # times its timeout_s in wall time ends a program that sleeps
 LOOK_S = 0.02                 # between two looks at a program that runs
-GRACE_S = 2.0                 # seconds after the end of its program in which a tester has to give its verdict
+GRACE_S = 2.0                 # seconds that a tester has after the end of its program: a value may hold it up
 
 
 # ---- The public face: three kinds of job, one kind of verdict ----
@@ -130,8 +126,7 @@ class Sandbox(contextlib.AbstractContextManager):
     """A pool of workers. Use as a context manager, or call `close()`.
 
     workers: None means one per core that this process may use, shared between the ranks of torchrun here.
-    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none;
-    four times as much wall time ends it too.
+    memory_mb: MiB that a program may allocate. timeout_s: CPU seconds for a program whose job names none.
     Raises ValueError for a bad argument, RuntimeError where the sandbox cannot work (no Linux, no seccomp).
     """
 
@@ -158,10 +153,9 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def close(self):
         """Ends every process of this sandbox. May be called twice."""
-        workers, self._workers = self._workers, []
         if self._owner == os.getpid():
-            for worker in workers:
-                worker.close()
+            while self._workers:
+                self._workers.pop().close()
 
     def run(self, jobs: Iterable) -> list[Verdict]:
         """The verdicts of `jobs`, in their order. Raises what `iter` raises."""
@@ -173,27 +167,24 @@ class Sandbox(contextlib.AbstractContextManager):
         Raises TypeError for what is no job or has no tests, InvalidJob (a ValueError) for tests that do not
         compile or never call the candidate, RuntimeError if the sandbox is closed or busy.
         """
-        if not self._workers or self._owner != os.getpid():
-            raise RuntimeError("this Sandbox is closed (or of another process: open one per process)")
-        if self._running:
-            raise RuntimeError("this Sandbox is already running jobs: use one per thread")
-        self._running, idle, busy = True, list(self._workers), []
+        if self._running or not self._workers or self._owner != os.getpid():
+            raise RuntimeError("this Sandbox is busy, closed or of another process: open one per thread")
+        self._running, busy = True, []
         todo, place, verdicts = enumerate(jobs), 0, {}     # the next to yield; those that came before it
         try:
             while True:
-                for index, job in itertools.islice(todo, len(idle)):
+                idle = [worker for worker in self._workers if worker not in busy]
+                for worker, (index, job) in zip(idle, todo):
                     if not isinstance(job, (Check, Asserts, Stdio)) or not job[1]:
                         raise TypeError(f"job {index} is no Check, Asserts or Stdio with tests: {job!r:.80}")
-                    busy.append(idle.pop())
-                    busy[-1].start(index, job._replace(timeout_s=job.timeout_s or self.timeout_s))
+                    busy.append(worker)
+                    worker.start(index, job._replace(timeout_s=job.timeout_s or self.timeout_s))
                 if not busy:
                     return
                 for worker in wait(busy):
-                    verdict = worker.finish()
-                    if verdict is not None:
+                    if verdict := worker.finish():
                         verdicts[worker.index] = verdict
                         busy.remove(worker)
-                        idle.append(worker)
                 while place in verdicts:
                     verdict = verdicts.pop(place)
                     if verdict.kind == "invalid":
@@ -206,30 +197,24 @@ class Sandbox(contextlib.AbstractContextManager):
                 worker.close()
 
 
-# As a module, because Python keeps the bytecode of modules: compiling this file takes longer than loading it.
-_START_TESTER = """import sys, importlib.machinery
-importlib.machinery.SourceFileLoader("sandbox", sys.argv[1]).load_module()._tester_main(*sys.argv[2:])"""
-
-
 class _Worker:
     """The trainer's end of one tester."""
 
     def __init__(self, memory_mb):
         self.memory_mb = memory_mb
-        self.launch()
-
-    def launch(self):
         paths = [path for path in sys.path if os.path.isabs(path) and os.path.isdir(path)]
+        # As a module, because Python keeps the bytecode of modules: compiling this file takes longer.
+        code = f"""import importlib.machinery as machinery
+machinery.SourceFileLoader("sandbox", {os.path.abspath(__file__)!r}).load_module()._tester_main(
+    {os.getpid()}, {self.memory_mb}, {paths})"""
         # Some Pythons do not start without LD_LIBRARY_PATH. Threads: glibc reserves 64 MB for each otherwise.
-        environment = {key: os.environ[key] for key in ["LD_LIBRARY_PATH"] if key in os.environ}
-        environment |= {"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-        command = [sys.executable, "-I", "-S", "-c", _START_TESTER, os.path.abspath(__file__)]
-        command += [str(os.getpid()), str(self.memory_mb), *paths]
+        environment = {"LC_ALL": "C.UTF-8", "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+                       "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
         self.channel, theirs = Pipe()
         with theirs:
             self.process = _patiently(lambda: subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment, cwd="/",
-                start_new_session=True))
+                [sys.executable, "-I", "-S", "-c", code], stdin=subprocess.DEVNULL, stdout=theirs.fileno(),
+                env=environment, cwd="/", start_new_session=True))
 
     def fileno(self):                  # for `wait`
         return self.channel.fileno()
@@ -238,23 +223,23 @@ class _Worker:
         self.index, self.job, self.tries = index, job, tries
         if self.process.poll() is not None:
             self.close()
-            self.launch()
+            self.__init__(self.memory_mb)      # a new process
         with contextlib.suppress(OSError):     # if it dies, `finish` will see that
             _send(self.channel, self.job._asdict())
 
     def finish(self) -> Verdict | None:
         """The verdict, when there is something to be read; None if the job has to be tried again."""
-        kind, detail, passed, seconds = "crash", "the worker died twice on this job", 0, 0.0
+        told = {"kind": "crash", "detail": "its worker died twice", "tests_passed": 0, "seconds": 0.0}
         try:
-            kind, detail, passed, seconds = _receive(self.channel)
+            told = _receive(self.channel)
         except (EOFError, OSError):
             if self.process.wait() == -signal.SIGALRM:     # the zygote's doing
-                kind, detail = "timeout", "a value that the program returned held the tests up"
-                seconds = self.job.timeout_s
+                told |= {"kind": "timeout", "seconds": self.job.timeout_s,
+                         "detail": "a value that the program returned held the tests up"}
             elif self.tries == 1:
                 return self.start(self.index, self.job, tries=2)
         tests = 1 if isinstance(self.job, Check) else len(self.job[1])
-        return Verdict(kind == "passed", kind, passed, tests, seconds, detail)
+        return Verdict(passed=told["kind"] == "passed", tests=tests, **told)
 
     def close(self):
         """Ends the tester; the kernel ends its children."""
@@ -279,14 +264,8 @@ def _send(channel: Connection, message):
 
 
 def _receive(channel: Connection, limit=None):
-    """Raises EOFError or ConnectionError at the end, OSError for a message above `limit` bytes, ValueError or
-    RecursionError if it is not JSON."""
+    """Raises EOFError or ConnectionError at the end, OSError above `limit` bytes, ValueError for no JSON."""
     return json.loads(channel.recv_bytes(limit))
-
-
-def _view(items):
-    """It can be gone through, `set(candidate(x))` works, and `== [1, 2]` fails, as without a sandbox."""
-    return dict(enumerate(items)).values()
 
 
 # What travels as {tag: text or [item, ...]}: its types, and the ways there and back.
@@ -302,8 +281,10 @@ PLAIN = {
     "bytes": (bytes, bytes.hex, bytes.fromhex),
     "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
     "iterator": (Iterator, lambda value: list(itertools.islice(value, MAX_ITEMS)), iter),
-    "match": (re.Match, lambda value: [value[0], *value.groups()], _view),
-    "listing": ((range, KeysView, ValuesView, ItemsView, collections.deque), list, _view),
+    # It can be gone through, `set(candidate(x))` works, and `== [1, 2]` fails, as without a sandbox.
+    "listing": ((range, KeysView, ValuesView, ItemsView, collections.deque, re.Match),
+                lambda value: [value[0], *value.groups()] if isinstance(value, re.Match) else list(value),
+                lambda items: dict(enumerate(items)).values()),
 }
 VALUED = (tuple, enum.Enum)    # a record of such a class is made of its value, others of their fields
 
@@ -342,8 +323,7 @@ def pack(value, classes=()) -> dict:
         if isinstance(record, VALUED):
             body = [walk(item) for item in ([record.value] if isinstance(record, enum.Enum) else record)]
         else:
-            slots = [vars(cls).get("__slots__", ()) for cls in type(record).__mro__]
-            names = [*getattr(record, "__dict__", ()), *itertools.chain(*slots)]
+            names = [*getattr(record, "__dict__", ()), *copyreg._slotnames(type(record))]
             body = {name: walk(getattr(record, name)) for name in names if hasattr(record, name)}
         records.append([type(record).__name__, body])
     return {"value": packed, "records": records}
@@ -380,9 +360,8 @@ def unpack(packed: dict, classes=None, find_name=None):
         for name, item in () if issubclass(classes[cls], VALUED) else fields.items():
             # A field comes before a method of its name: after `node.same = bool`, `node.same(7)` is true.
             of_class = [vars(base).get(name) for base in classes[cls].__mro__]
-            methods = [value for value in of_class if callable(value) or hasattr(value, "__get__")]
-            slots = [value for value in methods if isinstance(value, types.MemberDescriptorType)]
-            if name.startswith("__") or len(methods) > len(slots):
+            kinds = {type(value) for value in of_class if callable(value) or hasattr(value, "__get__")}
+            if name.startswith("__") or kinds - {types.MemberDescriptorType}:
                 raise ValueError(f"a record with the reserved field {name}")
             object.__setattr__(record(place), name, build(item))
     return build(packed["value"])
@@ -392,10 +371,8 @@ def unpack(packed: dict, classes=None, find_name=None):
 
 TOLD_KINDS = ("syntax", "memory", "forbidden call")    # of a verdict, that the candidate's own word decides
 ENDED = ("crash", "")                                  # a fault whose kind and detail the zygote knows
-
-
-class _Fault(BaseException):
-    """Ends the tests. A test may catch it: `_Tester.fault` remains."""
+_compile = functools.lru_cache(maxsize=64)(compile)    # a batch holds many programs for few problems
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 class _Tester:
@@ -403,15 +380,22 @@ class _Tester:
 
     def __init__(self, trainer: Connection, zygote: socket.socket):
         self.trainer, self.zygote = trainer, zygote
-        _set_limits({resource.RLIMIT_AS: TESTER_MB << 20})     # `[0] * candidate()` in a test
+        with contextlib.suppress(ValueError):      # a lower one holds already
+            resource.setrlimit(resource.RLIMIT_AS, (TESTER_MB << 20,) * 2)     # `[0] * candidate()`
 
     def serve(self):
         while True:
             job, began = _receive(self.trainer), time.process_time()
-            self.passed, self.calls, self.seconds, self.fault, self.raised = 0, 0, 0.0, None, None
-            kind, detail = self.run_cases(job) if "cases" in job else self.run_tests(job)
-            seconds = self.seconds + time.process_time() - began
-            _send(self.trainer, (kind, detail, self.passed, seconds))
+            self.passed, self.seconds = 0, 0.0
+            for case in job.get("cases", [None]):
+                self.calls, self.classes = 0, {}
+                self.fault = self.raised = None
+                kind, detail = self.run_tests(job) if case is None else self.run_script(job, *case)
+                if kind != "passed":
+                    break
+            self.seconds += time.process_time() - began
+            _send(self.trainer, {"kind": kind, "detail": detail, "tests_passed": self.passed,
+                                 "seconds": self.seconds})
 
     def order(self, limit_s, fds=()):
         """Has the zygote watch the CPU seconds from now on and, given descriptors, start a candidate."""
@@ -434,10 +418,7 @@ class _Tester:
         self.order(PREPARE_S)
         sys.modules["tests"] = types.ModuleType("tests")    # where dataclasses look themselves up
         space, depth = vars(sys.modules["tests"]), sys.getrecursionlimit()
-        try:
-            kind, detail = self.try_tests(job, _plan_tests(job), space)
-        except _Fault:
-            kind, detail = self.fault
+        verdict = self.try_tests(job, _plan_tests(job), space)
         sys.setrecursionlimit(depth)   # a prelude may raise it, for the program
         space.clear()                  # functions hold their namespace, and so each other
         ended, how = self.end_candidate()
@@ -445,27 +426,29 @@ class _Tester:
             return ended, how
         if self.fault == ENDED:
             return "forbidden call" if ended == "forbidden call" else "crash", how
-        return kind, detail
+        return self.fault or verdict
 
     def try_tests(self, job, plan, space):
+        texts = [plan["shared"], *plan["steps"]]
+        for n, text in enumerate(texts):       # where `traceback` looks for lines
+            linecache.cache[f"<test {n}>"] = 0, None, text.splitlines(), ""
         try:
-            exec(_compile(plan["shared"], "<prelude>"), space)
+            shared, early, *steps = [_compile(text, f"<test {n}>", "exec") for n, text in enumerate(texts)]
+            exec(shared, space)
             classes = [value for value in space.values() if isinstance(value, type)]
             self.classes = {cls.__name__: cls for cls in classes if cls.__module__ == "tests"}
-            early, *steps = [_compile(text, f"<test {n}>") for n, text in enumerate(plan["steps"])]
             exec(early, space)
             space.update({name: importlib.import_module(name) for name in plan["modules"]})
         except Exception as error:
             return "invalid", f"its tests fail before they call the candidate: {_line(error)}"
         self.start_candidate(job["timeout_s"])
-        # The program is there when its top level has run, and has defined what will be tested.
-        request = {"prelude": plan["shared"], "source": job["source"], "classes": list(self.classes),
-                   "names": plan["needed"]}
-        self.ask(lambda: request, forgivable=False)
         for name, expression in plan["names"].items():
             space[name] = functools.partial(self.call, expression)
         kind, detail = "passed", ""
         try:
+            # The program is there when its top level has run, and has defined what will be tested.
+            program = plan["shared"], job["source"], plan["needed"]
+            self.ask({"call": "", "classes": list(self.classes)}, [program, {}])
             for place, step in enumerate(steps):
                 exec(step, space)
                 self.passed = place            # the first step is no test
@@ -474,21 +457,19 @@ class _Tester:
             if error is not self.raised:
                 line = traceback.extract_tb(error.__traceback__)[-1].line
                 kind, detail = "wrong answer", _line(f"{_line(error, 100).rstrip(': ')} in: {line}")
-        if self.fault:
-            return self.fault
-        if self.calls == 0:
+        if self.calls == 0 and kind != "exception":
             return "invalid", "its tests never call the candidate: every program would do as well"
         return kind, detail
 
     def call(self, name, /, *args, **kwargs):
         self.calls += 1
-        return self.ask(lambda: pack([args, kwargs], self.classes) | {"call": name})
+        return self.ask({"call": name}, [args, kwargs])
 
-    def ask(self, make_request, forgivable=True):
-        """The candidate's value; raises its exception if a test may expect that. All else is a fault."""
+    def ask(self, request, arguments=()):
+        """What the candidate answers; raises its exception, which a test may expect. All else is a fault."""
         ticket = os.urandom(8).hex()   # nobody can have answered before having read it
         try:
-            _send(self.candidate, make_request() | {"ticket": ticket})
+            _send(self.candidate, pack(arguments, self.classes) | request | {"ticket": ticket})
             answer = _receive(self.candidate, MAX_MESSAGE)
             if answer.pop("ticket", None) != ticket:
                 raise ValueError("an answer to another question")
@@ -503,62 +484,39 @@ class _Tester:
         except (EOFError, ConnectionError):
             self.fail(*ENDED)
         except OSError:
-            self.fail("flood", f"an answer of more than {MAX_MESSAGE >> 20} MB")
+            self.fail("flood", f"a message of more than {MAX_MESSAGE >> 20} MB")
         except Exception as error:     # not JSON, too deep, too large a number ...
             self.fail("protocol", _line(error))
-        if kind != "exception" or fatal or not forgivable:
+        if kind != "exception" or fatal:
             self.fail(kind if kind in TOLD_KINDS else "exception", _line(f"{name}: {text}"))
         raise self.raised
 
     def fail(self, kind, detail):
         """The first fault stands: after it nothing that the tests do can make another verdict."""
         self.fault = self.fault or (kind, detail)
-        raise _Fault
-
-    def run_cases(self, job):
-        """(kind, detail) of a Stdio."""
-        for given, expected in job["cases"]:
-            kind, detail = self.run_script(job, given, expected)
-            if kind != "passed":
-                return kind, detail
-            self.passed += 1
-        return "passed", ""
+        raise SystemExit               # `except Exception` lets it through
 
     def run_script(self, job, given, expected):
+        """(kind, detail) of one case of a Stdio."""
         with open(os.memfd_create("stdin"), "w+b") as stdin, open(os.memfd_create("stdout"), "w+b") as stdout:
             stdin.write(given.encode("utf-8", "surrogatepass"))
             stdin.seek(0)
             self.start_candidate(job["timeout_s"], [stdin.fileno(), stdout.fileno()])
-            told = ""
-            try:
-                # One message comes back at most, with the exception. Its word counts for the detail only.
-                _send(self.candidate, {"prelude": job["prelude"], "source": job["source"]})
-                told, *text = map(str, _receive(self.candidate, MAX_MESSAGE)["error"])
-            except (EOFError, ConnectionError):
-                pass                   # the usual end
-            except Exception:
-                told, text = "protocol", ["the program wrote to the sandbox's own channel"]
+            told = "protocol", "the program wrote to the sandbox's own channel"
+            try:                       # the usual end is ENDED, without an answer
+                self.ask({"prelude": job["prelude"], "source": job["source"]})
+            except BaseException as error:
+                told = self.fault or ("exception", _line(error))
             kind, detail = self.end_candidate()
             stdout.seek(0)
             printed = stdout.read()
         if len(printed) >= MAX_MESSAGE:
             return "flood", f"more than {MAX_MESSAGE >> 20} MB on stdout"
-        if told:
-            return told if told in (*TOLD_KINDS, "protocol") else "exception", _line(": ".join(text[:2]))
-        if kind:
-            return kind, detail
+        if told != ENDED or kind:
+            return told if told != ENDED else (kind, detail)
         difference = first_difference(printed.decode("utf-8", "replace"), expected)
+        self.passed += not difference
         return ("wrong answer", difference) if difference else ("passed", "")
-
-
-@functools.lru_cache(maxsize=64)       # a batch holds many programs for few problems
-def _compile_once(text, name):
-    return compile(text, name, "exec")
-
-
-def _compile(text, name):
-    linecache.cache[name] = 0, None, text.splitlines(), name       # where `traceback` looks for lines
-    return _compile_once(text, name)
 
 
 def _plan_tests(job) -> dict:
@@ -584,7 +542,7 @@ def names_under_test(reference: str, tests: Iterable[str]) -> tuple[str, ...]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")    # an invalid escape is not worth a line on stderr
         symbols = symtable.symtable(reference, "<reference>", "exec").get_symbols()
-        nodes = list(ast.walk(ast.parse("\n".join(tests))))
+        nodes = ast.walk(ast.parse("\n".join(tests)))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
     return tuple(sorted(used & {name.get_name() for name in symbols if name.is_assigned()}))
 
@@ -595,13 +553,9 @@ def _line(error, limit=200):
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[:4 * limit].split())[:limit])
 
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
 def first_difference(printed: str, expected: str) -> str:
     """Where an output is wrong, token by token; "" if nowhere. Where a float is expected, any number within
-    1e-6 (absolute or relative) will do. Whole numbers are exact; 20.00 is 20, as for the judges who wrote the
-    expected outputs."""
+    1e-6 (absolute or relative) will do. Whole numbers are exact; 20.00 is 20, as judges have it."""
     got, want = printed.split(), expected.split()
     for place, (token, right) in enumerate(zip(got, want)):
         if token != right and not _is_close(token, right):
@@ -635,42 +589,33 @@ MODULES = """
 """.split()
 
 
-def _warm_up():
-    """Does once what every program would have to do otherwise."""
+def _tester_main(trainer_pid, memory_mb, paths):
+    """Where the process of the tester begins: its stdin is /dev/null, its stdout the channel."""
+    alive, trainer = os.pidfd_open(trainer_pid), Connection(os.dup(1))
+    os.dup2(0, 1)
+    sys.path += [path for path in paths if path not in sys.path]
+    # Once, what every program would have to do otherwise.
     for name in MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     warnings.simplefilter("ignore")    # an invalid escape in somebody's source is not worth a line on stderr
     compile("", "<first>", "exec")     # the first one makes the types of syntax trees, which takes 2 ms
     builtins.exit = builtins.quit = sys.exit    # `site` defines them, and -S leaves it out
-    sys.argv = [""]
     random.seed(0)                     # every program finds the same numbers: a verdict can be had again
     gc.collect()
     gc.freeze()                        # the collector would touch, and so copy, every page in every child
-
-
-def _tester_main(trainer_pid, memory_mb, *paths):
-    """Where the process of the tester begins."""
-    alive = os.pidfd_open(int(trainer_pid))
-    trainer, null = Connection(os.dup(0)), os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1):
-        os.dup2(null, standard)        # tests may print
-    sys.path += [path for path in paths if path not in sys.path]
-    _warm_up()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)      # the zygote sends it
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     zygote, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    os.dup2(null, 2)
-    os.close(null)
-    fork_child(_Zygote(os.getpid(), theirs, alive, int(memory_mb)).serve)
+    os.dup2(1, 2)                      # tests may print
+    fork_child(_Zygote(os.getpid(), theirs, alive, memory_mb).serve)
     theirs.close()
     _Tester(trainer, zygote).serve()
 
 
 def fork_child(run, *args) -> int:
     """Calls `run(*args)` in a child, which ends with this process; returns its pid."""
-    # `os.fork` lets `threading`, `random` and others put themselves in order for the child, which doubles the
-    # price. A process with one thread and no lock taken has nothing to put in order.
+    # Not `os.fork`: it lets `threading` and others put themselves in order, which doubles the price.
     def fork():
         pid = libc.fork()
         if pid < 0:
@@ -689,12 +634,6 @@ def fork_child(run, *args) -> int:
     return pid
 
 
-def _set_limits(limits):
-    for limit, value in limits.items():
-        with contextlib.suppress(ValueError):      # a lower one holds already
-            resource.setrlimit(limit, (value, value))
-
-
 class _Zygote:
     """Forks a candidate when the tester orders one, and ends those who use up their time."""
 
@@ -707,8 +646,7 @@ class _Zygote:
 
     def serve(self):
         while True:
-            pause = LOOK_S if self.limit_s else None
-            ready, _, _ = select.select([self.orders, self.trainer], [], [], pause)
+            ready = wait([self.orders, self.trainer], LOOK_S if self.limit_s else None)
             if self.trainer in ready:          # it has ended, even if a fork of it holds its sockets
                 os.kill(self.tester, signal.SIGKILL)
             elif ready:
@@ -758,12 +696,10 @@ class _Zygote:
         os.kill(self.candidate, signal.SIGKILL)
         _, status, usage = os.wait4(self.candidate, 0)
         self.candidate, code = 0, os.waitstatus_to_exitcode(status)
-        kind, detail = "exception" if code else "", f"the process ended with exit status {code}"
-        if code < 0:
-            kind = "forbidden call" if code == -signal.SIGSYS else "crash"
-            name, peak_mb = signal.Signals(-code).name, usage.ru_maxrss >> 10
-            detail = f"the process was killed by {name}, using {peak_mb} MB"
-        return *(self.fault or (kind, detail)), usage.ru_utime + usage.ru_stime
+        kind = "forbidden call" if code == -signal.SIGSYS else "crash" if code < 0 else "exception"
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        detail = f"the process ended with {how}, using {usage.ru_maxrss >> 10} MB"
+        return *(self.fault or (kind if code else "", detail)), usage.ru_utime + usage.ru_stime
 
 
 # ---- The candidate ----
@@ -776,16 +712,17 @@ def _run_candidate(fds, memory_bytes, seccomp):
         os.chdir("/proc/self/fdinfo")  # a directory that holds nothing of anybody else's
         os.chroot(".")
     for standard, fd in enumerate(files):
-        os.dup2(fd, standard)          # stdin, stdout
+        os.dup2(fd, standard)          # under sys.stdin and sys.stdout, which have not been used
     os.dup2(channel, 3)
     os.closerange(4, 64)
-    if files:
-        sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape")
-        sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape")
     # Root without capabilities: what seccomp lets through (madvise, say) must not do more than for a user.
     libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    _set_limits({resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0,
-                 resource.RLIMIT_FSIZE: MAX_MESSAGE})      # stdout's; there is no other file that grows
+    limits = {resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0,
+              resource.RLIMIT_FSIZE: MAX_MESSAGE}      # stdout's; there is no other file that grows
+    for limit, value in limits.items():
+        with contextlib.suppress(ValueError):      # a lower one holds already
+            resource.setrlimit(limit, (value, value))
+    seccomp = struct.pack("HP", len(seccomp) // 8, ctypes.addressof(seccomp))      # struct sock_fprog
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, seccomp, 0, 0):
         os._exit(1)
     channel = Connection(3)
@@ -809,42 +746,40 @@ def _describe(error, kind="exception"):
     return [kind, cls.__name__, text, args]
 
 
-def _execute(source, space):
-    try:
-        code = compile(source, "<program>", "exec")
-    except BaseException as error:
-        error.kind = "syntax"          # for `_describe`
-        raise
-    exec(code, space)
+def _execute(space, *sources):
+    for source in sources:
+        try:
+            code = compile(source, "<program>", "exec")
+        except BaseException as error:
+            error.kind = "syntax"      # for `_describe`
+            raise
+        exec(code, space)
 
 
 def _serve_calls(channel, request):
     space = vars(sys.modules.setdefault("program", types.ModuleType("program")))
     find_name = functools.cache(lambda name: eval(name, space))    # makes the one in `Solution().f` once
-    prelude, source, classes = request["prelude"], request["source"], request["classes"]
-    if source.lstrip("\r\n")[:1] in (" ", "\t"):
-        prelude, source = "", f"{prelude}\n{source}"
-    answer = pack(None)
-    try:
-        _execute(prelude, space)
-        _execute(source, space)
-        for name in request["names"]:
+    classes = request["classes"]
+
+    def load(prelude, source, names):
+        if source.lstrip("\r\n")[:1] in (" ", "\t"):
+            prelude, source = "", f"{prelude}\n{source}"
+        _execute(space, prelude, source)
+        for name in names:
             find_name(name)
-    except BaseException as error:
-        answer = {"error": _describe(error)}
-    _send(channel, answer | {"ticket": request["ticket"]})
+
     while True:
-        request = _receive(channel)
         kind = "value"                 # an error on its way: not one that the program raised
         try:
             args, kwargs = unpack(request, space, find_name)
-            function = find_name(request["call"])
+            function = find_name(request["call"]) if request["call"] else load     # the first call
             kind = "exception"
             value = function(*args, **kwargs)
             kind = "value"
             _send(channel, pack(value, classes) | {"ticket": request["ticket"]})
         except BaseException as error:
             _send(channel, {"error": _describe(error, kind), "ticket": request["ticket"]})
+        request = _receive(channel)
 
 
 def _run_script(channel, request):
@@ -855,8 +790,7 @@ def _run_script(channel, request):
     resource.setrlimit = lambda *limits: None
     code = error = None
     try:
-        _execute(request["prelude"], vars(sys.modules["__main__"]))
-        _execute(request["source"], vars(sys.modules["__main__"]))
+        _execute(vars(sys.modules["__main__"]), request["prelude"], request["source"])
     except SystemExit as end:
         code = end.code                # None is 0, a text is 1
     except BaseException as problem:
@@ -873,7 +807,7 @@ def _run_script(channel, request):
     except BaseException as problem:
         error = error or _describe(problem)
     if error:
-        _send(channel, {"error": error})
+        _send(channel, {"error": error, "ticket": request["ticket"]})
     os._exit(code & 255 if isinstance(code, int) else int(code is not None))
 
 
@@ -887,64 +821,59 @@ SYSCALLS = """
     clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114, gettimeofday 96 169, time 201 -,
     times 100 153, getrusage 98 165, getrandom 318 278, getpid 39 172, gettid 186 178, getuid 102 174,
     geteuid 107 175, getgid 104 176, getegid 108 177, uname 63 160, sched_getaffinity 204 123,
-    getrlimit 97 163, getcwd 79 17
+    getrlimit 97 163, getcwd 79 17, clone 56 220, clone3 435 435, prlimit64 302 261, newfstatat 262 79,
+    openat 257 56
 """
-CLONE, CLONE3, PRLIMIT, NEWFSTATAT, OPENAT = (56, 220), (435, 435), (302, 261), (262, 79), (257, 56)
 THREAD_FLAGS = 0x3D0F00                # what pthread_create passes to clone; anything else would be a process
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}    # with the kernel's names for them
 
 
-def build_filter(machine: str) -> bytes:
-    """The seccomp filter as a `struct sock_fprog`, for a machine of ARCHITECTURES."""
-    column = list(ARCHITECTURES).index(machine)
+def build_filter(machine: str) -> ctypes.Array:
+    """The instructions of the seccomp filter, of 8 bytes each, for a machine of ARCHITECTURES."""
     # (operation, instructions to skip if true, if false, operand): see linux/bpf_common.h.
     LOAD, EQUAL, ANY_BIT, RETURN = 0x20, 0x15, 0x45, 0x06
-    NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16             # where they are; each argument has 64 bits
-    errors = errno.EPERM, errno.ENOENT, errno.ENOSYS
-    KILL, ALLOW, REFUSE, NO_FILE, NO_CALL = [
-        (RETURN, 0, 0, what) for what in (0x80000000, 0x7FFF0000, *(0x50000 | number for number in errors))]
+    NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16             # where they are
+    KILL, ALLOW = (RETURN, 0, 0, 0x80000000), (RETURN, 0, 0, 0x7FFF0000)
+    REFUSE, NO_FILE, NO_CALL = [
+        (RETURN, 0, 0, 0x50000 | number) for number in (errno.EPERM, errno.ENOENT, errno.ENOSYS)]
 
-    def when(call, *body):
-        """`body` for this system call: it must end in a return. Else skip it."""
-        return [(EQUAL, 0, len(body), call[column]), *body]
+    def when(operation, value, word, then):
+        """`then` if the operation is true of a word of the arguments: each has a low and a high one."""
+        return [(LOAD, 0, 0, ARGUMENTS + 4 * word), (operation, 0, 1, value), then]
 
-    def when_argument(index, value):
-        low = ARGUMENTS + 8 * index
-        both_halves = [(LOAD, 0, 0, low), (EQUAL, 0, 3, value), (LOAD, 0, 0, low + 4), (EQUAL, 0, 1, 0)]
-        return [*both_halves, ALLOW, REFUSE]
-
+    ALL, AT_EMPTY_PATH = 0xFFFFFFFF, 0x1000
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    rules = {
+        "clone": [*when(ANY_BIT, ALL, 1, REFUSE), *when(EQUAL, THREAD_FLAGS, 0, ALLOW), REFUSE],
+        "clone3": [NO_CALL],                               # glibc falls back to clone
+        # No new limit: it only reads.
+        "prlimit64": [*when(ANY_BIT, ALL, 4, REFUSE), *when(ANY_BIT, ALL, 5, REFUSE), ALLOW],
+        "newfstatat": [*when(ANY_BIT, AT_EMPTY_PATH, 6, ALLOW), NO_FILE],    # it is fstat, in glibc >= 2.33
+        "openat": [*when(ANY_BIT, writing, 4, REFUSE), NO_FILE],       # `try: open("input.txt")` is common
+    }
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, ARCHITECTURES[machine]), KILL, (LOAD, 0, 0, NUMBER)]
-    program += when(CLONE, *when_argument(0, THREAD_FLAGS))
-    program += when(CLONE3, NO_CALL)                       # glibc falls back to clone
-    program += when(PRLIMIT, *when_argument(2, 0))         # no new limit: it only reads
-    AT_EMPTY_PATH = 0x1000                                 # so newfstatat is fstat, in glibc >= 2.33
-    program += when(NEWFSTATAT, (LOAD, 0, 0, ARGUMENTS + 24), (ANY_BIT, 0, 1, AT_EMPTY_PATH), ALLOW, NO_FILE)
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT         # reading: `try: open("input.txt")` is common
-    program += when(OPENAT, (LOAD, 0, 0, ARGUMENTS + 16), (ANY_BIT, 0, 1, writing), REFUSE, NO_FILE)
     for line in SYSCALLS.split(","):
-        _, *numbers = line.split()
-        if numbers[column] != "-":
-            program += [(EQUAL, 0, 1, int(numbers[column])), ALLOW]
-    code = b"".join(struct.pack("HBBI", *instruction) for instruction in [*program, REFUSE])
-    build_filter.code = ctypes.create_string_buffer(code, len(code))    # keeps it alive
-    return struct.pack("HP", len(program) + 1, ctypes.addressof(build_filter.code))
+        name, *numbers = line.split()
+        number, rule = numbers[list(ARCHITECTURES).index(machine)], rules.get(name, [ALLOW])
+        if number != "-":
+            program += [(EQUAL, 0, len(rule), int(number)), *rule]
+    return ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in [*program, REFUSE]))
 
 
 def main():
-    """Shows what becomes of four programs for one task."""
+    """Shows what becomes of an honest, a wrong, a cheating and an endless program."""
     test = "def check(candidate):\n    assert candidate([3, 1, 2]) == [1, 2, 3]"
-    programs = {
-        "honest": "def order(items):\n    return sorted(items)",
-        "wrong": "def order(items):\n    return items",
-        "cheating": "class Yes(list):\n    def __eq__(self, other): return True\norder = Yes",
-        "endless": "def order(items):\n    while True: pass",
-    }
+    programs = [
+        "def order(items):\n    return sorted(items)",
+        "def order(items):\n    return items",
+        "class Yes(list):\n    def __eq__(self, other): return True\norder = Yes",
+        "def order(items):\n    while True: pass",
+    ]
     print(f"The test, which no program sees:\n\n{test}\n")
+    jobs = [Check(source, test, "order") for source in programs]
     with Sandbox(workers=2, timeout_s=0.5) as sandbox:
-        verdicts = sandbox.iter(Check(source, test, "order") for source in programs.values())
-        for (name, source), verdict in zip(programs.items(), verdicts):
-            print(f"{name}:\n\n{source}\n")
-            print(f"-> {verdict.kind}, {1000 * verdict.seconds:.1f} ms of CPU. {verdict.detail}\n")
+        for job, verdict in zip(jobs, sandbox.iter(jobs)):
+            print(f"{job.source}\n\n-> {verdict.kind}, {verdict.seconds:.4f} s of CPU. {verdict.detail}\n")
 
 
 if __name__ == "__main__":

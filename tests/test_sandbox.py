@@ -280,13 +280,14 @@ def f(n):
     "import io, os\nclass Late(io.IOBase):\n    def flush(self): os.write(1, b'3\\n')\nlate = Late()",
     "try: open('input.txt')\nexcept FileNotFoundError: print(3)",
     "assert open(0).read() == '' and __file__\nprint(3)",
+    "import sys\nsys.stdin.read()\nsys.stdin.seek(0)\nsys.stdin.tell()\nprint(3)",
     "import resource, sys, threading\nresource.setrlimit(resource.RLIMIT_STACK, (-1, -1))\nsys.setrecursionlimit(10**6)\n"
     "threading.stack_size(2**29)\ndef deep(n): return n and deep(n - 1)\nthreading.Thread(target=lambda: print(3 + deep(20000))).start()",
     "import sys\nclass Tee:\n    def write(self, text): sys.__stdout__.write(text)\n    def flush(self): pass\nsys.stdout = Tee()\nprint(3)",
 ])
 def test_a_script_ends_as_in_an_interpreter(sandbox, source, tmp_path):
     (tmp_path / "script.py").write_text(source)
-    natively = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, input=b"", cwd=tmp_path)
+    natively = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, stdin=subprocess.DEVNULL, cwd=tmp_path)
     assert natively.stdout == b"3\n"
     assert verdict_of(sandbox, source, (("", "3\n"),), kind=Stdio).passed
 

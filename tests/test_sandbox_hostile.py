@@ -632,8 +632,9 @@ def f():
     ("open('/etc/passwd')", "exception"),
     ("open('/etc/passwd', 'a')", "forbidden call"),
     ("x = (", "syntax"),
-    ("import os\nos.write(3, b'x' * 100)", "protocol"),
-    ("import os\nos.write(3, b'\\xff' * 100)", "protocol"),
+    ("import os\nos.write(3, b'x' * 100)", "flood"),     # it announces a longer message
+    ("import os\nos.write(3, b'\\xff' * 100)", "flood"),
+    ("import os\nos.write(3, b'\\0\\0\\0\\2{}')", "protocol"),
     ("print(4)", "wrong answer"),
     ("import threading\nthreading.Thread(target=lambda: threading.Event().wait()).start()\nprint(3)", "timeout"),
 ])
