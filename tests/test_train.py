@@ -162,7 +162,7 @@ def refused(folder: Path, monkeypatch, *flags: str) -> str:
     (["--c", "nan"], "--c nan"),
     (["--e-steps", "-1"], "--e-steps -1: expected a number from 0"),
     (["--floor", "-1"], "--floor -1.0: expected a number from 0"),
-    (["--p-think", "1"], "--p-think 1.0: expected a number from 0.001 to 0.999"),
+    (["--explore", "1"], "--explore 1.0: expected a number from 0 to 0.99"),
     (["--name", "../evil"], "--name ../evil: expected letters"),
     (["--arms", "ra4"], "--arms ra4: expected some of ra3,ntp,ntp-long"),
     (["--warm-steps", "3"], "--warm-steps 3: goes together with --warm-data"),
