@@ -36,7 +36,7 @@ def test_every_recipe_can_work(recipe):
 
 
 def test_no_more_flags_than_a_reader_can_hold():
-    assert len(train.Settings().flat()) <= 46
+    assert len(train.Settings().flat()) <= 45
 
 
 def test_an_unknown_recipe_is_one_sentence():
