@@ -74,7 +74,7 @@ FIGURES = {
 STEPS = {"think_needed": r".* N|out = \[\]", "think_other": r"xs = (?!out$|.* N)"}
 # The panels of figure 6, which lays groups side by side: {title: (key of the record, numbers)}.
 PANELS = {
-    "percent solved by RA3": ("eval/ra3", {"greedy": "greedy", "pass@1": "T = 1", "hard": "longer, T = 1"}),
+    "percent solved by RA3": ("eval/ra3", {"greedy": "greedy", "pass@1": "T = 1"}),
     "rationales per 100 steps": ("infused", {"think_needed": "with a constant", "think_other": "others"}),
 }
 COLOURS = {"base": "tab:gray", "ntp": "tab:blue", "ntp-long": "tab:cyan", "ra3": "tab:red",
@@ -234,7 +234,7 @@ def side_by_side(file: Path, groups: dict) -> str:
                 ax.errorbar(mean(found or [np.nan]), y, xerr=error, fmt="o", **how)
         ax.set(title=title, yticks=range(len(groups)), yticklabels=[label or "default" for label in groups])
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     fig.axes[0].invert_yaxis()
     fig.savefig(file, dpi=130)
     return f"![settings side by side]({file.name})"
