@@ -505,7 +505,9 @@ def read_config(folder: Path) -> GPTConfig:
         hub.setdefault("head_dim", hub["hidden_size"] // hub["num_attention_heads"])
         ends = hub.get("eos_token_id")
         if ends is None and "eos_token" in hub:
-            ends = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(hub["eos_token"])
+            text = hub["eos_token"]                                # or an object that holds it
+            text = text["content"] if isinstance(text, dict) else text
+            ends = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(text)
         if ends is None:
             raise ValueError("eos_token_id is missing, and no other file says what ends a document")
         hub["eos_token_id"] = ends[0] if isinstance(ends, list) else int(ends)
