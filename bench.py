@@ -28,7 +28,7 @@ from glob import glob
 from itertools import combinations, islice
 from math import comb
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Iterable, Iterator
 
 import torch
@@ -89,7 +89,7 @@ def pass_rates(rows: Iterable[dict], ks: Iterable[int] = ()) -> dict[str, dict]:
         out[name] = dict(problems=len(problems), samples=n)
         for k in sorted({1, *ks}) if ks else [k for k in (1, 5, 10, 100) if k <= n]:
             each = [100 * pass_at_k(len(tries), sum(tries), k) for tries in problems.values()]
-            error = pstdev(each) / max(1, len(each) - 1) ** 0.5
+            error = stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0
             out[name] |= {f"pass@{k}": round(mean(each), 3), f"se@{k}": round(error, 3)}
     return out
 
@@ -124,7 +124,10 @@ def before_end(text: str, stop: tuple[str, ...]) -> str:
 def has_ended(enc, stop: tuple[str, ...], tokens: list[int]) -> bool:
     """Whether a stop text has just come. A token is a byte or more, so a short tail shows it."""
     tail = enc.decode(tokens[-max(map(len, stop)):])
-    return any(s in tail for s in stop) and before_end(enc.decode(tokens), stop) != enc.decode(tokens)
+    if not any(s in tail for s in stop):
+        return False
+    text = enc.decode(tokens)
+    return before_end(text, stop) != text
 
 
 def complete(model: GPT, enc, problems: list[Problem], seeds: list, **sampling):
@@ -217,9 +220,9 @@ def unfit_for_rl(problems: list[Problem], box: Sandbox) -> dict[str, str]:
             p = replace(p, tests=p.tests._replace(entry_point="f"))
         elif isinstance(p.tests, Stdio):
             texts = [f"print({value})\n" for value in PRINTED]
-        attempts += [(replace(p, form="prose"), 0, text) for text in texts]
+        attempts += [(replace(p, form="prose"), 0, text) for text in texts if p.id not in failed]
     passed = [r for r in judged_rows(box, attempts) if r["passed"]]
-    return {r["id"]: f"a trivial program passes: {r['completion'].strip()}" for r in passed} | failed
+    return failed | {r["id"]: f"a trivial program passes: {r['completion'].strip()}" for r in passed}
 
 
 # ------------------------------------------------------------------ public benchmarks, and the embedded world

@@ -126,11 +126,16 @@ def score(logits: Tensor, batch: Batch, openers: Tensor) -> tuple[Tensor, Tensor
     return zero.masked_scatter(batch.scored, gate), zero.masked_scatter(batch.scored, logp - gate)
 
 
-def log_q(gate: Tensor, token: Tensor, batch: Batch) -> Tensor:
-    """(B, T - 1): each token's part of log q(z_t | s_t, z_{t-1}): q's own gates, rationales' tokens."""
+def log_q_parts(gate: Tensor, token: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Two (B, T - 1) parts of log q(z_t | s_t, z_{t-1}): of q's own gates, of the rationales' tokens."""
     free = batch.gate[:, 1:] == FREE
     latent = batch.kind[:, 1:] == LATENT
-    return torch.where(free, gate, 0.0) + torch.where(latent, token, 0.0)
+    return torch.where(free, gate, 0.0), torch.where(latent, token, 0.0)
+
+
+def log_q(gate: Tensor, token: Tensor, batch: Batch) -> Tensor:
+    """(B, T - 1): each token's part of log q(z_t | s_t, z_{t-1})."""
+    return sum(log_q_parts(gate, token, batch))
 
 
 def log_pi(token: Tensor, batch: Batch) -> Tensor:

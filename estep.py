@@ -100,7 +100,7 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: Encoding, openers: Tensor, program
             watched |= dict(gap=gap, compared=compared, lines=batch.line.amax(1) + 1)
             watched["length"] = batch.kind == LATENT
             sums.update({name: watched[name].sum().item() for name in names})
-            gates, text = elbo.log_q(gate, 0 * token, batch), elbo.log_q(0 * gate, token, batch)   # (B, T-1)
+            gates, text = elbo.log_q_parts(gate, token, batch)                             # (B, T-1) each
             learned = reinforce_loss(text, A, batch) + GATE * reinforce_loss(gates, W, batch)
             yield learned + cfg.e_anchor * anchor
 
@@ -305,9 +305,9 @@ def rollout(model: GPT, enc: Encoding, programs: list[Program], seeds: list, ope
     """Infuse each program with latents drawn from q at temperature 1: one Trace each (repeat one for more).
 
     seeds: one per program, anything `np.random.default_rng` takes: a row's draws depend on its seed and
-    program. cfg.rationales, explore, max_rationale, max_comments say how. A gate that is forced open carries
-    no gradient; the rationale is q's own all the same. Where the model's context has no room for one, lines
-    follow without.
+    program. cfg.rationales, explore, max_rationale, max_comments say how. Gates that cfg.rationales decides
+    carry no gradient, those that exploration opens do; the rationale is q's own all the same. Where the
+    model's context has no room for one, lines follow without.
     """
     if cfg.rationales == "never":
         return [p.trace() for p in programs]

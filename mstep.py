@@ -78,15 +78,17 @@ def pack(traces: list[Trace], length: int) -> list[list[int]]:
 
     Raises ValueError for a trace that is longer than a row.
     """
-    size, rows = [len(t.tokens) for t in traces], []
-    for i in sorted(range(len(traces)), key=lambda i: -size[i]):
-        if size[i] > length:
-            raise ValueError(f"a program of {size[i]} tokens does not fit rows of {length} tokens")
-        fits = [row for row in rows if sum(size[j] for j in row) + size[i] <= length]
-        if not fits:
-            fits = [[]]
-            rows += fits
-        fits[0].append(i)
+    rows, room = [], []
+    for i in sorted(range(len(traces)), key=lambda i: -len(traces[i].tokens)):
+        n = len(traces[i].tokens)
+        if n > length:
+            raise ValueError(f"a program of {n} tokens does not fit rows of {length} tokens")
+        row = next((r for r, free in enumerate(room) if n <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(i)
+        room[row] -= n
     return rows
 
 
@@ -222,7 +224,10 @@ class Masters(torch.optim.Optimizer):
             if self.owner[n] == rank:
                 self.masters[n] = self.params[n].detach().to(device, torch.float32)
         self.inner = kind(list(self.masters.values()), **options)
-        self.param_groups = self.inner.param_groups
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.inner.param_groups
 
     def zero_grad(self, set_to_none: bool = True):
         for p in [*self.params, *self.masters.values()]:
@@ -257,7 +262,6 @@ class Masters(torch.optim.Optimizer):
             master.copy_(state[n]["master"])
             inner["state"][i] = {k: v for k, v in state[n].items() if k != "master"}
         self.inner.load_state_dict(inner)
-        self.param_groups = self.inner.param_groups
         self.publish()
 
 

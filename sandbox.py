@@ -722,8 +722,7 @@ def _run_candidate(fds, memory_bytes, seccomp):
     for limit, value in limits.items():
         with contextlib.suppress(ValueError):      # a lower one holds already
             resource.setrlimit(limit, (value, value))
-    seccomp = struct.pack("HP", len(seccomp) // 8, ctypes.addressof(seccomp))      # struct sock_fprog
-    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, seccomp, 0, 0):
+    if not install_filter(seccomp):
         os._exit(1)
     channel = Connection(3)
     (_run_script if files else _serve_calls)(channel, _receive(channel))
@@ -826,6 +825,12 @@ SYSCALLS = """
 """
 THREAD_FLAGS = 0x3D0F00                # what pthread_create passes to clone; anything else would be a process
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}    # with the kernel's names for them
+
+
+def install_filter(instructions: ctypes.Array) -> bool:
+    """Allows this process, for good, only what the filter of `build_filter` does; False if Linux refuses."""
+    seccomp = struct.pack("HP", len(instructions) // 8, ctypes.addressof(instructions))    # struct sock_fprog
+    return not (libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(PR_SET_SECCOMP, 2, seccomp, 0, 0))
 
 
 def build_filter(machine: str) -> ctypes.Array:

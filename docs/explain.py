@@ -59,14 +59,14 @@ def measure(model: GPT, traces: list[Trace], openers: Tensor) -> dict:
     batch = elbo.collate(traces, model.device)
     L = int(batch.line.max()) + 1
     gate, token = elbo.score(elbo.logits_of(model, batch), batch, openers)
-    log_q, log_pi = elbo.log_q(gate, token, batch), elbo.log_pi(token, batch)
     new_line = batch.line[:, 1:] != batch.line[:, :-1]
     first = new_line & (batch.gate[:, 1:] == FREE)             # q's choice at a line's first decision point
     opening, free = (elbo.by_line(x, batch, L) for x in (gate * first, first.float()))
-    parts = dict(gates=elbo.log_q(gate, 0 * token, batch), text=elbo.log_q(0 * gate, token, batch))
-    parts["log_pi"] = log_pi
+    gates, text = elbo.log_q_parts(gate, token, batch)
+    parts = dict(gates=gates, text=text, log_pi=elbo.log_pi(token, batch))                  # (B, T-1) each
     by_line = {name: elbo.by_line(values, batch, L) for name, values in parts.items()}
-    return dict(batch=batch, token=token, tokens=log_q + log_pi, opening=opening, free=free > 0, **by_line)
+    tokens = sum(parts.values())                                                                 # (B, T-1)
+    return dict(batch=batch, token=token, tokens=tokens, opening=opening, free=free > 0, **by_line)
 
 
 def explain(models: dict[str, GPT], enc, program: Program, cfg: estep.EStepConfig, seed: int):

@@ -47,7 +47,7 @@ SCORES = {"greedy": "greedy pass@1", "pass@1": "pass@1 (T=1)", "pass@5": "pass@5
 SCORES |= {"hard": "longer problems, pass@1 (T=1)", "nll": "nats per action token"}
 RATES = {"think": "lines", "think_needed": "steps with a constant to work out", "think_other": "other steps"}
 COST = {"seconds": "seconds", "tokens": "tokens through the model (in training: three times)"}
-COST |= {"peak_gb": "GB of the GPU so far, at most"}
+COST |= {"peak_gb": "GB so far, at most (GPU; without one, the process)"}
 FORMATS = {"reward": ".2f", "uplift": ".2f", "nll": ".4f",
            "seconds": ".0f", "tokens": ",.0f", "peak_gb": ".2f"}
 # {heading: (note, {file: (title, number, phases with RA3's last)})}; a note's braces: settings, numbers.
@@ -172,8 +172,12 @@ def shown(values: list, spec: str) -> str:
     """Mean ± standard error; nothing of no values."""
     if len(values) < 2:
         return "".join(format(value, spec) for value in values)
-    error = stdev(values) / len(values) ** 0.5
-    return f"{mean(values):{spec}} ± {error:{spec}}"
+    return f"{mean(values):{spec}} ± {standard_error(values):{spec}}"
+
+
+def standard_error(values: list) -> float:
+    """Of the mean; 0 where there are fewer than two."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def table(head: list, rows: list[list]) -> list[str]:
@@ -229,9 +233,8 @@ def side_by_side(file: Path, groups: dict) -> str:
         for name, label in names.items():
             for y, runs in enumerate(groups.values()):
                 found = [100 * run.records[key][name] for run in runs if name in run.records[key]]
-                error = stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
                 how = dict(color=f"C{list(names).index(name)}", label=None if y else label)
-                ax.errorbar(mean(found or [np.nan]), y, xerr=error, fmt="o", **how)
+                ax.errorbar(mean(found or [np.nan]), y, xerr=standard_error(found), fmt="o", **how)
         ax.set(title=title, yticks=range(len(groups)), yticklabels=[label or "default" for label in groups])
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08))

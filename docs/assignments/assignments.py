@@ -20,7 +20,6 @@ student has written them no grader can say.) Needs Linux with seccomp, as sandbo
 """
 import argparse
 import ast
-import ctypes
 import importlib
 import itertools
 import json
@@ -121,11 +120,9 @@ def lock(seconds: float):
                   RLIMIT_AS=pages * resource.getpagesize() + (MEMORY_MB << 20), RLIMIT_FSIZE=ANSWER_MB << 20)
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
-    libc, seccomp = ctypes.CDLL(None), sandbox.build_filter(os.uname().machine)
-    libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))        # root without capabilities
-    NO_NEW_PRIVS, SECCOMP, FILTER = 38, 22, 2
-    program = struct.pack("HP", len(seccomp) // 8, ctypes.addressof(seccomp))            # struct sock_fprog
-    if libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(SECCOMP, FILTER, program, 0, 0):
+    seccomp = sandbox.build_filter(os.uname().machine)
+    sandbox.libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))        # root without capabilities
+    if not sandbox.install_filter(seccomp):
         raise RuntimeError("this machine has no seccomp, without which no student's code is run")
 
 
