@@ -29,10 +29,12 @@ import tokenize
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model import Encoding, encode_prompt, load_pretrained
 
@@ -40,6 +42,7 @@ from model import Encoding, encode_prompt, load_pretrained
 
 PROMPT, LATENT, ACTION = 0, 1, 2      # given text; chosen by q; the expert's (or, in RLVR, the policy's) code
 NO_GATE, FREE, FORCED = 0, 1, 2        # no decision point; one where q chose; one where the experiment chose
+POSITIONS = 1024                      # of which there are logits at a time where memory is short
 
 
 @dataclass
@@ -70,12 +73,12 @@ class Trace:
 
 @dataclass
 class Batch:
-    """Traces padded to one length, on a device: all (B, T) int64. doc: documents of packed rows."""
+    """Traces in rows of one length, on a device: all (B, T) int64. doc: a token's trace; padding has -1."""
     tokens: Tensor
     kind: Tensor
     line: Tensor
     gate: Tensor
-    doc: Tensor | None = None
+    doc: Tensor
 
     @property
     def scored(self) -> Tensor:
@@ -83,15 +86,21 @@ class Batch:
         return self.kind[:, 1:] != PROMPT
 
 
-def collate(traces: list[Trace], device=None) -> Batch:
-    """Pad traces on the right: padding is PROMPT, which no loss counts and no token attends to."""
-    width = max(len(t.tokens) for t in traces)
+def collate(traces: list[Trace], device=None, rows: list[list[int]] | None = None) -> Batch:
+    """Traces in rows, padded on the right: padding is PROMPT, which no loss counts and no token attends to.
 
-    def fill(name: str, value: int) -> Tensor:
-        rows = [getattr(t, name) for t in traces]
-        padded = [row + [value] * (width - len(row)) for row in rows]
+    rows: the numbers of the traces in each row, of `mstep.pack`; None: each has its own.
+    """
+    rows = rows or [[i] for i in range(len(traces))]
+    width = max(sum(len(traces[i].tokens) for i in row) for row in rows)
+
+    def fill(of: Callable[[int], list], value: int) -> Tensor:
+        joined = [[x for i in row for x in of(i)] for row in rows]
+        padded = [row + [value] * (width - len(row)) for row in joined]
         return torch.tensor(padded, dtype=torch.int64, device=device)         # (B, T)
-    return Batch(fill("tokens", 0), fill("kind", PROMPT), fill("line", -1), fill("gate", NO_GATE))
+    values = dict(tokens=0, kind=PROMPT, line=-1, gate=NO_GATE)
+    fields = {name: fill(lambda i: getattr(traces[i], name), value) for name, value in values.items()}
+    return Batch(**fields, doc=fill(lambda i: [i] * len(traces[i].tokens), -1))
 
 
 def chunks(items: list, n: int) -> list[list]:
@@ -102,10 +111,33 @@ def chunks(items: list, n: int) -> list[list]:
 # ----------------------------------------------------------------------------------------------- likelihoods
 
 
+def states_of(model, batch: Batch) -> Tensor:
+    """(N, D): the model's last hidden states before the tokens that are `batch.scored`, row by row."""
+    return model(batch.tokens[:, :-1], doc=batch.doc[:, :-1], at=batch.scored, head=False)
+
+
 def logits_of(model, batch: Batch) -> Tensor:
     """(N, V): the model's predictions of the tokens that are `batch.scored`, row by row."""
-    doc = None if batch.doc is None else batch.doc[:, :-1]
-    return model(batch.tokens[:, :-1], doc=doc, at=batch.scored)
+    return model.unembed(states_of(model, batch))
+
+
+def in_parts(model, part: Callable, *tensors: Tensor) -> list[Tensor]:
+    """The tensors that part(*tensors) returns, made of POSITIONS entries at a time if the model saves memory.
+
+    For logits: with a vocabulary of 150k they take more than all the rest, some 30 bytes an entry. In parts
+    no more than POSITIONS x V are there at a time; the backward pass makes them again.
+    """
+    if not model.grad_checkpoint:
+        return part(*tensors)
+    parts = zip(*(x.split(POSITIONS) for x in tensors))
+    return [torch.cat(x, -1) for x in zip(*(checkpoint(part, *some, use_reentrant=False) for some in parts))]
+
+
+def token_logprobs(model, batch: Batch) -> Tensor:
+    """log p of each scored token given what stands before it: (N,), row by row."""
+    def part(x: Tensor, target: Tensor) -> list[Tensor]:
+        return [-F.cross_entropy(model.unembed(x).float(), target, reduction="none")]
+    return in_parts(model, part, states_of(model, batch), batch.tokens[:, 1:][batch.scored])[0]
 
 
 def score(logits: Tensor, batch: Batch, openers: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,10 +176,11 @@ def log_pi(token: Tensor, batch: Batch) -> Tensor:
 
 
 def by_line(values: Tensor, batch: Batch, n_lines: int) -> Tensor:
-    """Sum (B, T - 1) token values into (B, L) line values."""
-    line = batch.line[:, 1:]
-    out = values.new_zeros(line.shape[0], n_lines + 1)
-    return out.scatter_add_(1, line + 1, values)[:, 1:]                       # column 0: the prompt
+    """Sum (B, T - 1) token values into (traces, L) line values."""
+    doc, line = batch.doc[:, 1:], batch.line[:, 1:]
+    real = line >= 0
+    out = values.new_zeros(int(doc.max()) + 1, n_lines)
+    return out.index_put_((doc[real], line[real]), values[real], accumulate=True)
 
 
 # ------------------------------------------------------------------------------ reward, prior, KL, the bound

@@ -40,12 +40,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import elbo
 from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, Trace, chunks
 from model import GPT, Decoder, Encoding, KVCache, autocast, load_pretrained, new_cache, pad, pick
-from mstep import bar, optimize, total
+from mstep import bar, micro_batches, optimize, total
 
 TAU = 0.03                # nats by which a piece must pay more to be e times as likely in the `posterior`
 GATE = 5.0                # weight of the gates' loss; at 1 the E-step ends before they have learnt
@@ -83,28 +82,29 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: Encoding, openers: Tensor, program
     pass; sample_batch: versions rolled out at a time. Returns what to watch, over all ranks: means per line
     and per rationale, the gradient's norm, tokens put through a model.
     """
-    names = ("reward", "loglik", "think", "lines", "gap", "broken", "length", "compared")
+    names = ("reward", "loglik", "think", "gap", "broken", "length", "compared")
     K, sums = cfg.e_rollouts, Counter(dict.fromkeys(names, 0.0))       # also of a rank that has no program
     versions = [p for p in programs for _ in range(K)]
     traces = rollout(q, enc, versions, seeds, openers, cfg, sample_batch)
 
     def losses():
         for part in chunks(traces, max(micro_batch // K, 1) * K):      # versions of a program stay together
-            batch = elbo.collate(part, q.device)
+            [rows] = micro_batches(part, q, len(part))
+            batch = elbo.collate(part, q.device, rows)
             gate, token, pi_token, anchor = likelihoods(q, pi, batch, openers)             # (B, T-1) each
-            watched = judge(part, batch, pi_token, cfg)                                    # (B, L) each
+            watched = judge(part, batch, pi_token, cfg)                              # (P * K, L) each
             reward, think = (watched[name].unflatten(0, (-1, K)) for name in ("reward", "think"))  # (P, K, L)
             G = returns(reward, cfg.horizon, cfg.gamma)                                    # (P, K, L)
-            A, W = advantages(G).flatten(0, 1), K * posterior(reward, think).flatten(0, 1)         # (B, L)
+            A, W = advantages(G).flatten(0, 1), K * posterior(reward, think).flatten(0, 1)     # (P * K, L)
             gap, compared = uplift(G, think)
-            watched |= dict(gap=gap, compared=compared, lines=batch.line.amax(1) + 1)
-            watched["length"] = batch.kind == LATENT
-            sums.update({name: watched[name].sum().item() for name in names})
+            watched |= dict(gap=gap, compared=compared, length=batch.kind == LATENT)
+            sums.update({name: value.sum().item() for name, value in watched.items()})
             gates, text = elbo.log_q_parts(gate, token, batch)                             # (B, T-1) each
             learned = reinforce_loss(text, A, batch) + GATE * reinforce_loss(gates, W, batch)
             yield learned + cfg.e_anchor * anchor
 
     norm = optimize(q, optimizer, losses(), len(traces))
+    sums["lines"] = sum(len(t.thinks()) for t in traces)
     sums["tokens"] = sum(rollout_tokens(t) + 4 * len(t.tokens) for t in traces)            # pi once, q thrice
     sums = total(sums)
     lines, rationales = sums["lines"], max(sums["think"], 1)
@@ -114,12 +114,12 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: Encoding, openers: Tensor, program
 
 
 def judge(traces: list[Trace], batch: Batch, pi_token: Tensor, cfg: EStepConfig) -> dict:
-    """Of each line, (B, L): loglik by pi, think, broken, and the reward that they make (`elbo.line_rewards`).
+    """Of each line of the traces, (traces, L): loglik by pi, think, broken, and the reward that they make.
 
     pi_token: (B, T - 1), pi's of `elbo.score`.
     """
     L = int(batch.line.max()) + 1
-    loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                                  # (B, L)
+    loglik = elbo.by_line(elbo.log_pi(pi_token, batch), batch, L)                             # (traces, L)
     think, broken = decisions(traces, L, pi_token.device)
     price = dict(c=cfg.c, broken_cost=cfg.broken_cost, floor=cfg.floor)
     reward = elbo.line_rewards(loglik, think, broken, **price)
@@ -177,7 +177,7 @@ def uplift(G: Tensor, think: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decisions(traces: list[Trace], n_lines: int, device=None) -> tuple[Tensor, Tensor]:
-    """Where a rationale stands and where it breaks the format: two (B, L) bool tensors."""
+    """Where a rationale stands and where it breaks the format: two (traces, L) bool tensors."""
     think = torch.zeros(2, len(traces), n_lines, dtype=torch.bool)
     for b, trace in enumerate(traces):
         for t, z in enumerate(trace.thinks()):
@@ -188,10 +188,11 @@ def decisions(traces: list[Trace], n_lines: int, device=None) -> tuple[Tensor, T
 def reinforce_loss(log_q: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
     """-sum over q's decisions of log q(decision) A_line, or w_line; divide by the number of rollouts.
 
-    log_q: (B, T - 1) from `elbo.log_q`; advantage: (B, L).
+    log_q: (B, T - 1) from `elbo.log_q`; advantage: (traces, L).
     """
-    line = batch.line[:, 1:].clamp(min=0)                                                          # (B, T-1)
-    return -(log_q * advantage.gather(1, line)).sum()
+    doc, line = batch.doc[:, 1:], batch.line[:, 1:]
+    real = line >= 0
+    return -(log_q[real] * advantage[doc[real], line[real]]).sum()
 
 
 def anchor_loss(logits: Tensor, pi_logits: Tensor, batch: Batch, openers: Tensor) -> Tensor:
@@ -209,35 +210,24 @@ def anchor_loss(logits: Tensor, pi_logits: Tensor, batch: Batch, openers: Tensor
     return (p.exp() * (p - q)).sum()
 
 
-def likelihoods(q: GPT, pi: GPT, batch: Batch, openers: Tensor, positions: int = 1024):
-    """q's gate and token, pi's token, (B, T - 1) each (`elbo.score`); the anchor loss.
-
-    With a vocabulary of 150k, logits take more memory than all the rest, some 30 bytes an entry. A model that
-    recomputes its blocks in the backward pass recomputes them too: no more than `positions` x V are there at
-    a time.
-    """
-    x = q(batch.tokens[:, :-1], at=batch.scored, head=False)                                       # (N, D)
+def likelihoods(q: GPT, pi: GPT, batch: Batch, openers: Tensor):
+    """q's gate and token, pi's token, (B, T - 1) each (`elbo.score`); the anchor loss."""
+    x = elbo.states_of(q, batch)                                                                   # (N, D)
     with torch.no_grad():
-        pi_x = pi(batch.tokens[:, :-1], at=batch.scored, head=False)
-    fields = (batch.tokens, batch.kind, batch.line, batch.gate)
-    scored = [F.pad(field[:, 1:][batch.scored], (1, 0)) for field in fields]               # (1 + N,) each
+        pi_x = elbo.states_of(pi, batch)
+    fields = [field[:, 1:][batch.scored] for field in vars(batch).values()]                        # (N,) each
 
-    def part(x: Tensor, pi_x: Tensor, start: int):
-        piece = Batch(*(field[None, start:start + len(x) + 1] for field in scored))  # its first is not scored
+    def part(x: Tensor, pi_x: Tensor, *fields: Tensor) -> list[Tensor]:
+        piece = Batch(*(F.pad(field, (1, 0))[None] for field in fields))             # its first is not scored
         logits = q.unembed(x)                                                                      # (n, V)
         with torch.no_grad():
             pi_logits = pi.unembed(pi_x)
             _, pi_token = elbo.score(pi_logits, piece, openers)
-        return *elbo.score(logits, piece, openers), pi_token, anchor_loss(logits, pi_logits, piece, openers)
-    if q.grad_checkpoint:
-        starts = range(0, len(x), positions)
-        parts = [checkpoint(part, a, b, i, use_reentrant=False)
-                 for a, b, i in zip(x.split(positions), pi_x.split(positions), starts)]
-    else:
-        parts = [part(x, pi_x, 0)]
-    *logps, anchors = zip(*parts)
+        anchor = anchor_loss(logits, pi_logits, piece, openers)
+        return *elbo.score(logits, piece, openers), pi_token, anchor[None]
+    *logps, anchors = elbo.in_parts(q, part, x, pi_x, *fields)
     zero = torch.zeros(batch.scored.shape, device=x.device)
-    return *(zero.masked_scatter(batch.scored, torch.cat(v, 1)) for v in logps), sum(anchors)
+    return *(zero.masked_scatter(batch.scored, logp) for logp in logps), anchors.sum()
 
 
 # -------------------------------------------------------------------------------------------------- rollouts

@@ -21,7 +21,6 @@ from typing import Annotated, Callable, Iterator
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
@@ -48,10 +47,8 @@ def m_update(model: GPT, optimizer, traces: list[Trace], micro_batch: int = 32) 
 
     micro_batch: packed rows per pass. Returns what to watch, over all ranks; loss: nats per trained token.
     """
-    longest = max((len(t.tokens) for t in traces), default=0)          # a rank may have none
-    # In rows as long as the longest, NTP's padding would be 23% in the world rather than 3%.
-    rows = chunks(pack(traces, min(3 * longest // 2, model.limit)), micro_batch)
-    batches = [packed_batch(traces, part, model.device) for part in rows]
+    parts = micro_batches(traces, model, micro_batch)
+    batches = [elbo.collate(traces, model.device, rows) for rows in parts]
     trained, nats = sum(int(b.scored.sum()) for b in batches), []
 
     def losses():
@@ -69,8 +66,14 @@ def loss(model, batch: Batch) -> Tensor:
 
     Documents begin with a prompt, so no token is predicted from the document before.
     """
-    target = batch.tokens[:, 1:][batch.scored]                                                     # (N,)
-    return F.cross_entropy(elbo.logits_of(model, batch).float(), target, reduction="sum")
+    return -elbo.token_logprobs(model, batch).sum()
+
+
+def micro_batches(traces: list[Trace], model: GPT, n: int) -> list[list[list[int]]]:
+    """`pack`ed rows of the numbers of traces, n rows at a time."""
+    longest = max((len(t.tokens) for t in traces), default=0)          # a rank may have none
+    # In rows as long as the longest, NTP's padding would be 23% in the world rather than 3%.
+    return chunks(pack(traces, min(3 * longest // 2, model.limit)), n)
 
 
 def pack(traces: list[Trace], length: int) -> list[list[int]]:
@@ -90,20 +93,6 @@ def pack(traces: list[Trace], length: int) -> list[list[int]]:
         rows[row].append(i)
         room[row] -= n
     return rows
-
-
-def packed_batch(traces: list[Trace], rows: list[list[int]], device=None) -> Batch:
-    """Join the traces of each row; `doc` keeps them apart in attention, padding is a document too."""
-    joined, docs = [], []
-    for row in rows:
-        joined.append(Trace())
-        for name in ("tokens", "kind", "line", "gate"):
-            setattr(joined[-1], name, [value for i in row for value in getattr(traces[i], name)])
-        docs.append([n for n, i in enumerate(row) for _ in traces[i].tokens])
-    batch = elbo.collate(joined, device)
-    T = batch.tokens.shape[1]
-    batch.doc = torch.tensor([doc + [len(doc)] * (T - len(doc)) for doc in docs], device=device)   # (B, T)
-    return batch
 
 
 @torch.no_grad()
@@ -337,7 +326,7 @@ def demo():
         print(f"{name}: {nats:.3f} nats for rationales and actions, {nll:.3f} per action token")
         traces.append(trace)
         alone += nats
-    row = packed_batch(traces, pack(traces, length=99))
+    row = elbo.collate(traces, rows=pack(traces, length=99))
     packed = loss(model, row).item()
     m_update(model, torch.optim.AdamW(model.parameters(), 3e-4), traces)
     print(f"both: {packed:.3f} nats, after an update {loss(model, row):.3f}")

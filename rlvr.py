@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import elbo
 from bench import Problem, attempt, world
-from elbo import ACTION, PROMPT, Batch, Trace, chunks
+from elbo import ACTION, PROMPT, Trace
 from model import GPT, Sample, encode_prompt, load_pretrained
-from mstep import optimize, total
+from mstep import micro_batches, optimize, total
 from sandbox import Sandbox
 
 LOW, HIGH = 0.2, 0.28                   # how far below and above 1 the ratio still counts
@@ -65,17 +64,16 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
     signal = has_signal(rewards)                                                           # (P,)
     advantage = group_advantages(rewards).flatten().to(model.device)                       # (P * G,)
     used = [i for i in range(len(samples)) if signal[i // G]]
-    used.sort(key=lambda i: len(samples[i].tokens))                                    # neighbours pad little
-    traces = {i: as_trace(encode_prompt(enc, asked[i].prompt), samples[i]) for i in used}
+    traces = [as_trace(encode_prompt(enc, asked[i].prompt), samples[i]) for i in used]
     trained = sum(len(samples[i].tokens) for i in used)
 
     def losses():
-        for part in chunks(used, micro_batch):
-            batch = elbo.collate([traces[i] for i in part], model.device)
-            old = [logp for i in part for logp in samples[i].logprobs]
+        for rows in micro_batches(traces, model, micro_batch):
+            batch = elbo.collate(traces, model.device, rows)
+            old = [logp for row in rows for n in row for logp in samples[used[n]].logprobs]
             old = torch.tensor(old, device=model.device)                                           # (N,)
-            A = advantage[part][batch.scored.nonzero()[:, 0]]                                      # (N,)
-            logp = token_logprobs(model, batch)                                                    # (N,)
+            A = advantage[used][batch.doc[:, 1:][batch.scored]]                                    # (N,)
+            logp = elbo.token_logprobs(model, batch)                                               # (N,)
             apart = (logp.detach() - old).expm1()
             sums["ratio"] += apart.abs().sum().item()
             sums["clipped"] += ((apart < -LOW) | (apart > HIGH)).sum().item()
@@ -86,7 +84,7 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
         samples=len(samples), groups=len(signal), reward=sum(passed), signal=int(signal.sum()),
         truncated=sum(not s.stopped for s in samples), length=sum(len(s.tokens) for s in samples),
         surprise=-sum(sum(s.logprobs) for s in samples), trained=trained)
-    sums["tokens"] = sums["length"] + 3 * sum(len(t.tokens) for t in traces.values())
+    sums["tokens"] = sums["length"] + 3 * sum(len(t.tokens) for t in traces)
     sums = total(sums)
     share = {name: sums[name] / sums["samples"] for name in ("reward", "truncated", "length")}
     share |= {name: sums[name] / max(sums["trained"], 1) for name in ("ratio", "clipped")}
@@ -112,12 +110,6 @@ def as_trace(prompt: list[int], sample: Sample) -> Trace:
     return out
 
 
-def token_logprobs(model, batch: Batch) -> Tensor:
-    """log pi of each sampled token given those before it, at temperature 1: (N,), row by row."""
-    target = batch.tokens[:, 1:][batch.scored]                                                     # (N,)
-    return -F.cross_entropy(elbo.logits_of(model, batch).float(), target, reduction="none")
-
-
 def grpo_loss(logp: Tensor, old: Tensor, advantage: Tensor, low: float = LOW, high: float = HIGH) -> Tensor:
     """Summed clipped surrogate over sampled tokens; divide by their number over all ranks. All (N,)."""
     ratio = (logp - old).exp()
@@ -136,7 +128,7 @@ def demo():
     for sample, reward, advantage in zip(samples, passed, A):
         print(f"{enc.decode(sample.tokens[:-1])}    reward {reward:d}, advantage {advantage:+.3f}")
     traces = [as_trace(encode_prompt(enc, problem.prompt), sample) for sample in samples]
-    logp = token_logprobs(model, elbo.collate(traces)).detach()                                    # (N,)
+    logp = elbo.token_logprobs(model, elbo.collate(traces)).detach()                                    # (N,)
     old = torch.tensor([logp for sample in samples for logp in sample.logprobs])                   # (N,)
     A = A.repeat_interleave(torch.tensor([len(sample.tokens) for sample in samples]))              # (N,)
     losses = [grpo_loss(old + math.log(ratio), old, A) / len(A) for ratio in (0.5, 1.0, 1.5)]

@@ -234,8 +234,7 @@ def e_step(run: "Run", stage: str, q: GPT, data: "Data", experts: list[Program])
     cfg, pi = run.s.e, copy.deepcopy(q).requires_grad_(False)
     optimizer = run.optimizer(torch.optim.Adam, q, betas=(0.9, 0.99))
     for step in run.steps(stage, optimizer, cfg.e_steps, cfg.e_lr, warmup=5):
-        how = cfg.e_programs, cfg.e_rollouts, lambda i: len(experts[i])    # neighbours pad little
-        picked, seeds = run.pick(stage, step, len(experts), *how)
+        picked, seeds = run.pick(stage, step, len(experts), cfg.e_programs, cfg.e_rollouts)
         programs = [experts[i] for i in picked]
         stats = estep.e_update(q, pi, optimizer, data.enc, data.openers, programs, seeds, cfg, **run.batches)
         run.log(phase=stage, step=step, **stats)
@@ -449,10 +448,9 @@ class Run:
         """The seed of a random draw, named by what it is for."""
         return [self.s.run.seed, zlib.crc32(what.encode()), *index]
 
-    def pick(self, what: str, step: int, n: int, k: int, draws: int, size=None) -> tuple[list, list]:
-        """This rank's share of k of n things, drawn at each step, by their `size`; seeds for their draws."""
-        chosen = np.random.default_rng(self.draw(what, step)).choice(n, k, replace=False).tolist()
-        mine = self.mine(sorted(chosen, key=size) if size else chosen)
+    def pick(self, what: str, step: int, n: int, k: int, draws: int) -> tuple[list, list]:
+        """This rank's share of k of n things, drawn at each step, and seeds for their draws."""
+        mine = self.mine(np.random.default_rng(self.draw(what, step)).choice(n, k, replace=False).tolist())
         return mine, [self.draw(what, step, i, j) for i in mine for j in range(draws)]
 
     def mine(self, items):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import elbo  # noqa: E402
 import mstep  # noqa: E402
 from base.world import rows  # noqa: E402
 from elbo import ACTION, PROMPT, Trace  # noqa: E402
@@ -129,7 +130,7 @@ def pretrain(folder, tokens: int, seed: int = 0, device="cpu", row_length: int =
     while seen < tokens:
         programs = list(rows("web", 64, seed=step))[rank::ranks]
         traces = [as_trace(enc, row) for row in programs]
-        batch = mstep.packed_batch(traces, mstep.pack(traces, row_length), device)
+        batch = elbo.collate(traces, device, mstep.pack(traces, row_length))
         # Warm-up over 50 steps, constant, then down to nothing over the last 40%.
         optimizers.set_lr(min(1.0, (step + 1) / 50) * min(1.0, (1 - seen / tokens) / 0.4))
         loss, count = mstep.loss(model, batch), int(batch.scored.sum())

@@ -22,7 +22,6 @@ sys.path.insert(0, str(ROOT))
 import elbo  # noqa: E402
 import estep  # noqa: E402
 import mstep  # noqa: E402
-import rlvr  # noqa: E402
 import train  # noqa: E402
 from model import GPT, GPTConfig, generate  # noqa: E402
 from test_scale import openers, traces  # noqa: E402
@@ -56,9 +55,9 @@ def measure(run: train.Run, cfg: GPTConfig, phase: str, rows: int) -> tuple[floa
                 gate, token, _, anchor = estep.likelihoods(model, pi, batch, opening)
                 yield -elbo.log_q(gate, token, batch).sum() + anchor
             elif phase == "mstep":
-                yield mstep.loss(model, mstep.packed_batch(part, [[i] for i in range(rows)], run.device))
+                yield mstep.loss(model, elbo.collate(part, run.device))
             else:
-                yield -rlvr.token_logprobs(model, elbo.collate(part, run.device)).sum()
+                yield -elbo.token_logprobs(model, elbo.collate(part, run.device)).sum()
 
     def seconds(work, *args) -> float:
         began = time.time()

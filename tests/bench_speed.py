@@ -229,7 +229,7 @@ def rollouts(rounds: int):
 
     def ntp():
         for rows in elbo.chunks(mstep.pack(traces, 256), 32):
-            mstep.loss(model, mstep.packed_batch(traces, rows, DEVICE)).backward()
+            mstep.loss(model, elbo.collate(traces, DEVICE, rows)).backward()
     contenders = {"RA3": lambda: roll(), "token by token": token_by_token, "NTP's two passes": ntp}
     compare(f"rollouts, {latent / tokens:.0%} in rationales, tokens", tokens, rounds, contenders)
 

@@ -45,7 +45,7 @@ def test_packing_keeps_every_trace_and_every_row_fits():
 
 def test_loss_and_gradient_of_packed_rows_are_those_of_the_documents_alone(model):
     ts = traces(20)
-    packed = mstep.packed_batch(ts, mstep.pack(ts, 40))
+    packed = elbo.collate(ts, rows=mstep.pack(ts, 40))
     grads, losses = [], []
     for batches in ([packed], [elbo.collate([t]) for t in ts]):
         total = sum(mstep.loss(model, b) for b in batches)

@@ -65,7 +65,7 @@ def test_the_policy_scores_what_it_sampled():
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]] * 3
     samples = generate(model, prompts, max_new_tokens=20, seeds=[[0, i] for i in range(9)])
     batch = elbo.collate([rlvr.as_trace(p, s) for p, s in zip(prompts, samples)])
-    logp = rlvr.token_logprobs(model, batch)
+    logp = elbo.token_logprobs(model, batch)
     noted = torch.cat([torch.tensor(s.logprobs) for s in samples])
     torch.testing.assert_close(logp.detach(), noted, rtol=1e-4, atol=1e-4)
     assert any(s.stopped for s in samples) and (batch.tokens[:, 1:] == 29)[batch.kind[:, 1:] == ACTION].any()   # the stop is trained

@@ -81,14 +81,15 @@ def openers(vocab: int) -> torch.Tensor:
     return torch.arange(vocab) < 50
 
 
-def test_the_e_step_in_parts_is_the_e_step():
+def test_the_e_step_in_parts_is_the_e_step(monkeypatch):
     """6 positions at a time (of 3 rows: 2) or all at once: the same terms and the same gradient."""
     torch.manual_seed(0)
+    monkeypatch.setattr(elbo, "POSITIONS", 6)
     model, batch, seen = GPT(GPTConfig(vocab_size=80, n_layer=2)), collate(traces(3, 40, 80)), []
     pi = GPT(model.config).requires_grad_(False)
     for model.grad_checkpoint in (False, True):
         model.zero_grad()
-        gate, token, pi_token, anchor = estep.likelihoods(model, pi, batch, openers(80), positions=6)
+        gate, token, pi_token, anchor = estep.likelihoods(model, pi, batch, openers(80))
         (gate.sum() + 2 * token.sum() + 3 * anchor).backward()
         seen.append([gate, token, pi_token, anchor, *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*seen, strict=True):

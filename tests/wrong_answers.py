@@ -57,7 +57,9 @@ def score(logits, batch, openers):
 
 def by_line(values, batch, n_lines):
     """Line by line."""
-    return torch.stack([(values * (batch.line[:, 1:] == t)).sum(1) for t in range(n_lines)], 1)
+    doc, line = batch.doc[:, 1:], batch.line[:, 1:]
+    return torch.stack([torch.stack([values[(doc == i) & (line == t)].sum() for t in range(n_lines)])
+                        for i in range(int(doc.max()) + 1)])
 
 
 def line_rewards(log_pi, think, broken, *, c, broken_cost, floor=torch.inf):
@@ -96,8 +98,9 @@ def advantages(G):
 
 def reinforce_loss(log_q, advantage, batch):
     """Line by line."""
-    line = batch.line[:, 1:]
-    return -sum((log_q * (line == t) * advantage[:, t, None]).sum() for t in range(advantage.shape[1]))
+    doc, line = batch.doc[:, 1:], batch.line[:, 1:]
+    return -sum((log_q * (doc == i) * (line == t) * advantage[i, t]).sum()
+                for i in range(advantage.shape[0]) for t in range(advantage.shape[1]))
 
 
 def anchor_loss(logits, pi_logits, batch, openers):
@@ -167,7 +170,8 @@ WRONG = {
     "by_line": [
         ("off by one token", "batch.line[:, 1:]", "batch.line[:, :-1]"),
         ("off by one line", "== t)", "== t + 1)"),
-        ("means for sums", ".sum(1)", ".mean(1)"),
+        ("means for sums", ".sum()", ".mean()"),
+        ("rows for programs", "(doc == i)", "(doc[:, :1] == i)"),
         ("the prompt counted with the first line", "batch.line[:, 1:]", "batch.line[:, 1:].clamp(min=0)"),
     ],
     "reward": [
@@ -196,7 +200,8 @@ WRONG = {
         ("a loss that gets worse", "-sum(", "sum("),
         ("off by one token", "batch.line[:, 1:]", "batch.line[:, :-1]"),
         ("a mean for the sum", "return -sum(", "return -1 / batch.scored.sum() * sum("),
-        ("each rollout over its length", "advantage[:, t, None])", "advantage[:, t, None] / batch.scored.sum(1)[:, None])"),
+        ("each rollout over its length", "advantage[i, t])", "advantage[i, t] / (doc == i).sum())"),
+        ("rows for programs", "(doc == i)", "(doc[:, :1] == i)"),
         ("cut off from its gradient", "(log_q *", "(log_q.detach() *"),
     ],
     "anchor": [

@@ -57,7 +57,7 @@ class Draw:
         return torch.randint(low, high, (n,), generator=self.rng).tolist()
 
     def batch(self) -> Batch:
-        """Three programs over 11 tokens, of which 0, 1 and 2 open comments, with rationales at some lines."""
+        """Three programs in two rows, over 11 tokens, of which 0, 1 and 2 open comments; some think."""
         traces = []
         for row, n_lines in enumerate((4, 2, 3)):
             trace = Trace()
@@ -69,7 +69,7 @@ class Draw:
                 line = self.integers(1, 3, 11) + self.integers(t + 1, 0, 11)
                 trace.add(line, ACTION, t, FREE)
             traces.append(trace)
-        return elbo.collate(traces)
+        return elbo.collate(traces, rows=[[0, 2], [1]])
 
 
 OPENERS = torch.arange(11) < 3                                                # (V,), of Draw.batch
@@ -158,7 +158,7 @@ def by_line(draw: Draw) -> Iterator[Fact]:
 
     def weighted_sum(values: Tensor) -> Tensor:
         return (weight * elbo.by_line(values, batch, 6)).sum()
-    yield Fact("entry i belongs to the line of token i + 1; what stands in no line counts nowhere",
+    yield Fact("entry i belongs to token i + 1, its program and line; what stands in no line counts nowhere",
                lambda: elbo.by_line(values, batch, 4))
     yield Fact("lines that a program does not have are 0", lambda: elbo.by_line(values, batch, 6))
     yield Fact("sums carry gradients", lambda: with_gradient(weighted_sum, values))
@@ -303,7 +303,7 @@ EXERCISES = {
         "elbo", ("score",), 12, 60, score,
         "a gate's part is a logsumexp over one side of the openers, the side of the token that follows"),
     "by_line": Exercise(
-        "elbo", ("by_line",), 5, 15, by_line, "the prompt's line is -1: give it a column, and drop it"),
+        "elbo", ("by_line",), 5, 15, by_line, "`doc` says whose line it is; the prompt's is -1"),
     "reward": Exercise(
         "elbo", ("line_rewards", "kl_exact"), 10, 45, reward,
         "torch.where picks, a product with 0 makes nan of inf; torch.xlogy knows that 0 log 0 is 0"),
