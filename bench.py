@@ -22,12 +22,14 @@ import sys
 import tokenize
 import zlib
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
-from itertools import combinations, islice
+from itertools import combinations, islice, tee
 from math import comb
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import mean, stdev
 from typing import Iterable, Iterator
 
@@ -35,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from elbo import chunks, statements, strip_comments
-from model import GPT, encode_prompt, generate, load_pretrained
+from model import GPT, Sample, encode_prompt, generate, load_pretrained
 from sandbox import Asserts, Check, InvalidJob, Sandbox, Stdio, Verdict, names_under_test
 
 # ---------------------------------------------------------------------------------------- problems and scores
@@ -130,40 +132,67 @@ def has_ended(enc, stop: tuple[str, ...], tokens: list[int]) -> bool:
     return before_end(text, stop) != text
 
 
-def complete(model: GPT, enc, problems: list[Problem], seeds: list, **sampling):
-    """A completion of each problem, and its text: (list[Sample], list[str]). sampling: see `generate`."""
-    special, samples = set(enc._special_tokens.values()), {}
+def complete(model: GPT, enc, problems: list[Problem], seeds: list, finished=None, **sampling):
+    """A completion of each problem, and its text: (list[Sample], list[str]). sampling: see `generate`.
+
+    finished(i, text) is called as soon as that of problem i has ended."""
+    special, samples, texts = set(enc._special_tokens.values()), {}, {}
     sampling["stop_ids"] = (model.config.eos_id, *special)
     for stop in dict.fromkeys(p.stop for p in problems):      # `generate` knows one stop rule at a time
         ids = [i for i, p in enumerate(problems) if p.stop == stop]
+
+        def ended(n: int, sample: Sample):
+            text = enc.decode([t for t in sample.tokens if t not in special])
+            texts[ids[n]] = before_end(text, stop)
+            if finished:
+                finished(ids[n], texts[ids[n]])
         sampling["stop"] = partial(has_ended, enc, stop) if stop else None
         prompts = [problems[i].encode(enc) for i in ids]
-        samples |= zip(ids, generate(model, prompts, seeds=[seeds[i] for i in ids], **sampling))
-    ordered = [samples[i] for i in range(len(problems))]
-    texts = [enc.decode([t for t in sample.tokens if t not in special]) for sample in ordered]
-    return ordered, [before_end(text, p.stop) for text, p in zip(texts, problems)]
+        found = generate(model, prompts, seeds=[seeds[i] for i in ids], finished=ended, **sampling)
+        samples |= zip(ids, found)
+    places = range(len(problems))
+    return [samples[i] for i in places], [texts[i] for i in places]
 
 
-def judge(box: Sandbox, problems: list[Problem], completions: list[str]) -> Iterator[Verdict]:
-    """Yields the verdict on a completion of each problem. Raises ValueError if a problem is wrong itself."""
+def judge(box: Sandbox, attempts: Iterable[tuple[Problem, str]]) -> Iterator[Verdict]:
+    """Yields the verdicts on completions of problems. Raises ValueError if a problem is wrong itself."""
+    asked: list[Problem] = []
+
+    def jobs():
+        for p, text in attempts:
+            asked.append(p)
+            yield p.job(text)
     try:
-        yield from box.iter([p.job(text) for p, text in zip(problems, completions)])
+        yield from box.iter(jobs())
     except InvalidJob as e:
-        raise ValueError(f"{problems[e.index].id}: {e.reason}; mend that row, or leave it out") from None
+        raise ValueError(f"{asked[e.index].id}: {e.reason}; mend that row, or leave it out") from None
 
 
 def attempt(model: GPT, enc, problems: list[Problem], seeds: list, box: Sandbox, **sampling):
     """A sample of each problem, and whether it passes: (list[Sample], list[bool]).
 
-    sampling: max_new_tokens, temperature=1.0, batch_size=256, see `generate`. Repeat a problem for a group.
+    Those that have ended are judged while others grow. sampling: max_new_tokens, temperature=1.0,
+    batch_size=256, see `generate`. Repeat a problem for a group.
     """
-    samples, texts = complete(model, enc, problems, seeds, **sampling)
-    return samples, [verdict.passed for verdict in judge(box, problems, texts)]
+    ended, passed = SimpleQueue(), {}                          # of (place, text), and None behind the last
+
+    def judge_ended():
+        places, texts = tee(iter(ended.get, None))
+        attempts = ((problems[i], text) for i, text in texts)
+        passed.update((i, verdict.passed) for verdict, (i, _) in zip(judge(box, attempts), places))
+    with ThreadPoolExecutor(1) as beside:
+        judged = beside.submit(judge_ended)
+        try:
+            samples, _ = complete(model, enc, problems, seeds, lambda *pair: ended.put(pair), **sampling)
+        finally:
+            ended.put(None)
+    judged.result()                                            # raises what was raised there
+    return samples, [passed[i] for i in range(len(problems))]
 
 
 def judged_rows(box: Sandbox, attempts: list[tuple[Problem, int, str]]) -> Iterator[dict]:
     """Yields a row of a results file, once it is judged, for each (problem, number of the sample, text)."""
-    verdicts = judge(box, [p for p, _, _ in attempts], [text for _, _, text in attempts])
+    verdicts = judge(box, [(p, text) for p, _, text in attempts])
     for (p, j, text), verdict in zip(attempts, verdicts):
         yield dict(id=p.id, sample=j, completion=text, **verdict._asdict())
 

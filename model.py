@@ -331,13 +331,14 @@ class Sample:
 
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds: list,
-             temperature: float = 1.0, stop_ids: tuple[int, ...] | None = None, stop=None,
+             temperature: float = 1.0, stop_ids: tuple[int, ...] | None = None, stop=None, finished=None,
              batch_size: int = 256) -> list[Sample]:
     """Continue each prompt until a token of stop_ids (default: end of document), stop(tokens) or the limit.
 
     seeds: one per prompt, anything `np.random.default_rng` takes, best what the sample is for: (seed, phase,
     step, problem, sample). Each token takes one uniform number, see `pick`. A row that finishes hands its
-    slot to the next prompt that waits. Raises ValueError for an empty prompt, or one that leaves no room.
+    slot to the next prompt that waits. finished(i, sample) is called when that of prompt i has ended. Raises
+    ValueError for an empty prompt, or one that leaves no room.
     """
     limit, dev = model.limit, model.device
     stop_ids = {model.config.eos_id} if stop_ids is None else set(stop_ids)
@@ -382,6 +383,8 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
                 sample.stopped = token in stop_ids or bool(stop and stop(sample.tokens))
                 room = min(max_new_tokens, limit - len(prompts[rows[slot]]))
                 if sample.stopped or len(sample.tokens) == room:
+                    if finished:
+                        finished(rows[slot], sample)
                     rows[slot] = None
 
 

@@ -193,7 +193,7 @@ def trl_step(model: GPT, problems: list, box: Sandbox):
     asked = {p.prompt: p for p in problems}
 
     def reward(prompts, completions, **_) -> list[float]:
-        return [float(v.passed) for v in bench.judge(box, [asked[p] for p in prompts], completions)]
+        return [float(v.passed) for v in bench.judge(box, zip([asked[p] for p in prompts], completions))]
     config = GRPOConfig(
         tempfile.gettempdir(), max_steps=1, per_device_train_batch_size=32, gradient_accumulation_steps=4,
         max_completion_length=224, learning_rate=3e-5, top_k=0, use_cpu=not CUDA, bf16=CUDA, report_to=[],

@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import re
+import threading
 import time
 import zlib
 from dataclasses import replace
@@ -171,9 +172,9 @@ def test_leetcode_row(data):
 
 def test_references_of_the_rows_pass_and_wrong_ones_fail(data, box):
     problems = [p for name in ("humaneval", "mbpp", "mbpp-docstring", "mbppplus", "code_contests", "leetcode:train") for p in load(name, data)]
-    assert [v.kind for v in bench.judge(box, problems, [p.solution for p in problems])] == ["passed"] * len(problems)
+    assert [v.kind for v in bench.judge(box, zip(problems, [p.solution for p in problems]))] == ["passed"] * len(problems)
     wrong = [p.solution.replace("+ 11", "+ 12").replace("x + x", "x").replace("sum", "max").replace("r * r", "r") for p in problems]
-    passed = [v.passed for v in bench.judge(box, problems, wrong)]
+    passed = [v.passed for v in bench.judge(box, zip(problems, wrong))]
     assert passed == [p.id == "HumanEval/0" for p in problems]                                  # r = r * r at 0 and 1, all that is tested
     stdin, method = load("livecodebench", data)
     good = [stdin.job("print(2 * int(input()))"), method.job("class Solution:\n    def pair(self, x, y): return (x, y)")]
@@ -197,7 +198,7 @@ def test_a_problem_whose_tests_cannot_run_is_named(data, tmp_path, box):
     write(tmp_path / "openai_humaneval/test.jsonl", [HUMANEVAL, HUMANEVAL | dict(task_id="bad", test="import nowhere")])
     problems = load("humaneval", tmp_path)
     with pytest.raises(ValueError, match="^bad: its tests fail before they call the candidate: ModuleNotFoundError"):
-        list(bench.judge(box, problems * 2, [" pass"] * 4))
+        list(bench.judge(box, zip(problems * 2, [" pass"] * 4)))
 
 
 def test_of_problems_of_one_name_the_first_counts(data, tmp_path):
@@ -268,10 +269,20 @@ def test_the_stopper_sees_a_stop_text_inside_one_long_token():
     assert bench.has_ended(enc, ("\ndef", "\nclass"), [*b"    return", 256])
 
 
+def write_instead(monkeypatch, samples):
+    """Have samples(model, prompts, **how) stand in for `generate`."""
+    def generate(model, prompts, *, finished, **how):
+        out = samples(model, prompts, **how)
+        for i, sample in enumerate(out):
+            finished(i, sample)
+        return out
+    monkeypatch.setattr(bench, "generate", generate)
+
+
 def test_every_special_token_ends_a_completion_and_is_no_part_of_its_text(monkeypatch):
     enc = tiktoken.Encoding("two", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|endoftext|>": EOS, "<|im_end|>": 257})
     asked = []
-    monkeypatch.setattr(bench, "generate", lambda model, prompts, **how: asked.append(how) or [Sample([*b"x = 1", 257], [], True)])
+    write_instead(monkeypatch, lambda model, prompts, **how: asked.append(how) or [Sample([*b"x = 1", 257], [], True)])
     _, texts = bench.complete(tiny_model(), enc, [Problem("p", "#\n")], [0], max_new_tokens=9)
     assert texts == ["x = 1"] and {*asked[0]["stop_ids"]} == {EOS, 257} and asked[0]["max_new_tokens"] == 9
 
@@ -280,7 +291,7 @@ def test_a_fence_or_a_comment_at_the_margin_costs_no_point(data, box):
     [p] = load("humaneval", data)
     good = [p.solution, "# pi\n    return math.pi * r * r\n", "\n```python\n" + p.prompt + p.solution + "```\n", "```\n" + HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]]
     bad = ["# pi\n    return r\n", "```python\ndef area(r):\n    return 3\n```", "```python\n```" + p.solution]
-    assert [v.passed for v in bench.judge(box, [p] * 7, good + bad)] == [True] * 4 + [False] * 3
+    assert [v.passed for v in bench.judge(box, zip([p] * 7, good + bad))] == [True] * 4 + [False] * 3
 
 
 def test_a_chat_is_asked_in_the_models_own_format_and_its_first_fence_is_judged(data, box, tmp_path, monkeypatch):
@@ -297,7 +308,7 @@ def test_a_chat_is_asked_in_the_models_own_format_and_its_first_fence_is_judged(
     assert code.encode(enc).count(enc.eot_token) == 2                                           # tokens, and no text that looks like them
     right = HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]
     answers = [f"Sure:\n```python\n{right}```\nOr:\n```python\nno\n```\n", f"```python\n{right}", right, "It cannot be done.", f"```\nno\n```\n```\n{right}```"]
-    monkeypatch.setattr(bench, "generate", lambda model, prompts, *, stop, **_: [Sample(enc.encode_ordinary(a) + [enc.eot_token], [], True) for a in answers])
+    write_instead(monkeypatch, lambda model, prompts, *, stop, **_: [Sample(enc.encode_ordinary(a) + [enc.eot_token], [], True) for a in answers])
     model = tiny_model(1024)
     rows = list(bench.evaluate(model, enc, [code] * 5, box, max_new_tokens=9))
     assert [r["passed"] for r in rows] == [True, True, True, False, False] and rows[0]["completion"] == answers[0]
@@ -337,7 +348,7 @@ def test_scores_can_be_recomputed_from_the_file(data, box, tmp_path, monkeypatch
             text = p.solution if plan[p.id][j] else p.solution.replace("return", "return 5 +")
             out.append(Sample(ENC.encode_ordinary(text.rstrip() + "\nassert False, 'ran on'"), [], True))
         return out
-    monkeypatch.setattr(bench, "generate", dictated)
+    write_instead(monkeypatch, dictated)
     drawn = bench.evaluate(tiny_model(), ENC, problems, box, samples=5, seed=7, batch_size=2, max_new_tokens=9)
     rows = [dict(benchmark="mixed", **row) for row in drawn]
     assert {p.id: [r["passed"] for r in sorted(rows, key=lambda r: r["sample"]) if r["id"] == p.id] for p in problems} == {k: [bool(x) for x in v] for k, v in plan.items()}
@@ -496,7 +507,7 @@ def test_references_of_real_rows_pass(name, count, sample, box):
     unfit = {f"mbpp/{i}" for i in (367, 601, 927, 255, 271, 392, 599)} | {f"HumanEval/{i}" for i in (15, 130, 139)} | {"leetcode/word-ladder-ii"}
     whole = [p for p in problems if p.id not in unfit and not re.search("SortedList|numpy", p.solution)]
     picked = random.Random(name).sample(whole, sample)
-    verdicts = bench.judge(box, picked, [p.solution for p in picked])
+    verdicts = bench.judge(box, zip(picked, [p.solution for p in picked]))
     failed = [(p.id, v) for p, v in zip(picked, verdicts) if not v.passed]
     assert len(failed) <= (2 if name == "code_contests:train" else 0), failed                   # 258 of 300 can pass there
 
@@ -513,7 +524,7 @@ def test_evalplus_tests_take_no_empty_list_for_a_number(box):
 def test_a_root_of_a_polynomial_is_judged_by_its_value(box):
     [p] = [p for p in load("humanevalplus", DATA) if p.id == "HumanEval/32"]
     wrong = ["```\ndef find_zero(xs): return [[]]\n```", "```\ndef find_zero(xs): return 0.5\n```", "```\ndef find_zero(xs): return -1e9\n```"]
-    assert [v.passed for v in bench.judge(box, [p] * 4, [p.solution, *wrong])] == [True, False, False, False]
+    assert [v.passed for v in bench.judge(box, zip([p] * 4, [p.solution, *wrong]))] == [True, False, False, False]
 
 
 @needs_data
@@ -604,3 +615,29 @@ def test_command_line(tmp_path, capsys):
             bench.main(["--benchmarks", "world", "--limit", "1", *bad])
         said = capsys.readouterr().err.strip()
         assert e.value.code == 2 and message in said and len(said.splitlines()) == 1
+
+
+def test_tests_run_while_others_are_still_written(monkeypatch):
+    """The verdict on what ends first is there before the next ends; verdicts stay with their samples."""
+    problems = [Problem(str(n), "#\n", tests=Asserts("", (f"assert f(1) == {n}",))) for n in range(3)]
+    texts, judged = ["def f(x): return 0", "def f(x): return 5", "def f(x): return 2"], threading.Semaphore(0)
+
+    class Watched:
+        def iter(self, jobs):
+            for verdict in box.iter(jobs):
+                judged.release()
+                yield verdict
+
+    def generate(model, prompts, *, finished, **how):
+        samples = [Sample(ENC.encode_ordinary(text), [], True) for text in texts]
+        for i in (2, 1, 0):
+            finished(i, samples[i])
+            assert judged.acquire(timeout=20) or i == 0
+        return samples
+    monkeypatch.setattr(bench, "generate", generate)
+    with Sandbox(workers=1) as box:                                                             # several wait for a job each
+        samples, passed = bench.attempt(tiny_model(), ENC, problems, [0, 1, 2], Watched(), max_new_tokens=9)
+        assert passed == [True, False, True] and [ENC.decode(s.tokens) for s in samples] == texts
+        monkeypatch.setattr(bench, "generate", lambda *a, **how: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bench.attempt(tiny_model(), ENC, problems, [0, 1, 2], box, max_new_tokens=9)

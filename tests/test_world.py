@@ -38,12 +38,12 @@ def test_world_programs_pass_carry_no_comments_and_no_changed_constant_passes(bo
     problems = bench.world("train", 12, 1) + bench.world("eval", 12, 1)
     for p in problems:
         assert "#" not in p.solution and ENC.decode(parse(ENC, p.prompt, p.solution, EOS).prompt) == p.prompt
-    assert all(v.passed for v in bench.judge(box, problems, [p.solution for p in problems]))
+    assert all(v.passed for v in bench.judge(box, zip(problems, [p.solution for p in problems])))
     # A constant stands after + - < >; on values from -70 to 70 one more or less changes what the program
     # returns, unless a step beside it makes it void (`x > 9` after `x > 12`): a few survivors are no fault.
     mutants = [(p, p.solution[:m.start(1)] + str(int(m[1]) + d) + p.solution[m.end(1):])
                for p in problems for m in re.finditer(r"x [-+<>*] (\d+)", p.solution) for d in (1, -1)]
-    survived = sum(v.passed for v in bench.judge(box, *map(list, zip(*mutants))))
+    survived = sum(v.passed for v in bench.judge(box, mutants))
     assert len(mutants) > 30 and survived <= len(mutants) // 10
 
 
