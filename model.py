@@ -362,10 +362,15 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
                 prefill(model, cache, free, [prompts[rows[slot]] for slot in free])
             elif len(free) == len(rows):
                 return out
-            # A smaller cache is copied and, on a GPU, recorded anew, which takes as long as some tokens.
+            # On a GPU a smaller batch is recorded anew, which takes as long as some tokens.
             elif len(free) >= (len(rows) / 2 if dev.type == "cuda" else 1):
-                keep = [slot for slot, i in enumerate(rows) if i is not None]
-                rows, cache = [rows[slot] for slot in keep], cache.select(keep)
+                n = len(rows) - len(free)        # the last rows move to where the first have ended
+                moved = [slot for slot in range(n, len(rows)) if rows[slot] is not None]
+                free = free[:len(moved)]
+                cache.kv[:, :, free], cache.length[free] = cache.kv[:, :, moved], cache.length[moved]
+                for slot, last in zip(free, moved):
+                    rows[slot] = rows[last]
+                rows, cache = rows[:n], KVCache(cache.kv[:, :, :n], cache.length[:n])
                 decode = Decoder(model, cache)
             # Who has finished rides along, fed with anything; its cache does not advance.
             last = [0 if i is None else (out[i].tokens or prompts[i])[-1] for i in rows]
