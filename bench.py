@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
-from itertools import combinations, islice, tee
+from itertools import combinations, islice
 from math import comb
 from pathlib import Path
 from queue import SimpleQueue
@@ -132,26 +132,24 @@ def has_ended(enc, stop: tuple[str, ...], tokens: list[int]) -> bool:
     return before_end(text, stop) != text
 
 
-def complete(model: GPT, enc, problems: list[Problem], seeds: list, finished=None, **sampling):
+def complete(model: GPT, enc, problems: list[Problem], seeds: list, finished=lambda *_: None, **sampling):
     """A completion of each problem, and its text: (list[Sample], list[str]). sampling: see `generate`.
 
     finished(i, text) is called as soon as that of problem i has ended."""
-    special, samples, texts = set(enc._special_tokens.values()), {}, {}
+    special, found = set(enc._special_tokens.values()), {}
     sampling["stop_ids"] = (model.config.eos_id, *special)
     for stop in dict.fromkeys(p.stop for p in problems):      # `generate` knows one stop rule at a time
         ids = [i for i, p in enumerate(problems) if p.stop == stop]
 
         def ended(n: int, sample: Sample):
             text = enc.decode([t for t in sample.tokens if t not in special])
-            texts[ids[n]] = before_end(text, stop)
-            if finished:
-                finished(ids[n], texts[ids[n]])
+            found[ids[n]] = sample, before_end(text, stop)
+            finished(ids[n], found[ids[n]][1])
         sampling["stop"] = partial(has_ended, enc, stop) if stop else None
         prompts = [problems[i].encode(enc) for i in ids]
-        found = generate(model, prompts, seeds=[seeds[i] for i in ids], finished=ended, **sampling)
-        samples |= zip(ids, found)
-    places = range(len(problems))
-    return [samples[i] for i in places], [texts[i] for i in places]
+        generate(model, prompts, seeds=[seeds[i] for i in ids], finished=ended, **sampling)
+    ordered = [found[i] for i in range(len(problems))]
+    return [sample for sample, _ in ordered], [text for _, text in ordered]
 
 
 def judge(box: Sandbox, attempts: Iterable[tuple[Problem, str]]) -> Iterator[Verdict]:
@@ -174,19 +172,18 @@ def attempt(model: GPT, enc, problems: list[Problem], seeds: list, box: Sandbox,
     Those that have ended are judged while others grow. sampling: max_new_tokens, temperature=1.0,
     batch_size=256, see `generate`. Repeat a problem for a group.
     """
-    ended, passed = SimpleQueue(), {}                          # of (place, text), and None behind the last
+    ended, order = SimpleQueue(), []
 
-    def judge_ended():
-        places, texts = tee(iter(ended.get, None))
-        attempts = ((problems[i], text) for i, text in texts)
-        passed.update((i, verdict.passed) for verdict, (i, _) in zip(judge(box, attempts), places))
+    def put(i: int, text: str):
+        order.append(i)
+        ended.put((problems[i], text))
     with ThreadPoolExecutor(1) as beside:
-        judged = beside.submit(judge_ended)
+        verdicts = beside.submit(list, judge(box, iter(ended.get, None)))
         try:
-            samples, _ = complete(model, enc, problems, seeds, lambda *pair: ended.put(pair), **sampling)
+            samples, _ = complete(model, enc, problems, seeds, put, **sampling)
         finally:
             ended.put(None)
-    judged.result()                                            # raises what was raised there
+    passed = {i: verdict.passed for i, verdict in zip(order, verdicts.result())}
     return samples, [passed[i] for i in range(len(problems))]
 
 

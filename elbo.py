@@ -34,7 +34,6 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from model import Encoding, encode_prompt, load_pretrained
 
@@ -42,7 +41,6 @@ from model import Encoding, encode_prompt, load_pretrained
 
 PROMPT, LATENT, ACTION = 0, 1, 2      # given text; chosen by q; the expert's (or, in RLVR, the policy's) code
 NO_GATE, FREE, FORCED = 0, 1, 2        # no decision point; one where q chose; one where the experiment chose
-POSITIONS = 1024                      # of which there are logits at a time where memory is short
 
 
 @dataclass
@@ -121,23 +119,11 @@ def logits_of(model, batch: Batch) -> Tensor:
     return model.unembed(states_of(model, batch))
 
 
-def in_parts(model, part: Callable, *tensors: Tensor) -> list[Tensor]:
-    """The tensors that part(*tensors) returns, made of POSITIONS entries at a time if the model saves memory.
-
-    For logits: with a vocabulary of 150k they take more than all the rest, some 30 bytes an entry. In parts
-    no more than POSITIONS x V are there at a time; the backward pass makes them again.
-    """
-    if not model.grad_checkpoint:
-        return part(*tensors)
-    parts = zip(*(x.split(POSITIONS) for x in tensors))
-    return [torch.cat(x, -1) for x in zip(*(checkpoint(part, *some, use_reentrant=False) for some in parts))]
-
-
 def token_logprobs(model, batch: Batch) -> Tensor:
     """log p of each scored token given what stands before it: (N,), row by row."""
     def part(x: Tensor, target: Tensor) -> list[Tensor]:
         return [-F.cross_entropy(model.unembed(x).float(), target, reduction="none")]
-    return in_parts(model, part, states_of(model, batch), batch.tokens[:, 1:][batch.scored])[0]
+    return model.in_parts(part, states_of(model, batch), batch.tokens[:, 1:][batch.scored])[0]
 
 
 def score(logits: Tensor, batch: Batch, openers: Tensor) -> tuple[Tensor, Tensor]:

@@ -225,7 +225,7 @@ def likelihoods(q: GPT, pi: GPT, batch: Batch, openers: Tensor):
             _, pi_token = elbo.score(pi_logits, piece, openers)
         anchor = anchor_loss(logits, pi_logits, piece, openers)
         return *elbo.score(logits, piece, openers), pi_token, anchor[None]
-    *logps, anchors = elbo.in_parts(q, part, x, pi_x, *fields)
+    *logps, anchors = q.in_parts(part, x, pi_x, *fields)
     zero = torch.zeros(batch.scored.shape, device=x.device)
     return *(zero.masked_scatter(batch.scored, logp) for logp in logps), anchors.sum()
 

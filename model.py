@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 # cuDNN's attention is torch's first choice on an H100. Under a mask it can give NaN gradients (torch 2.11,
 # pytorch issue 196678), and it makes a plan for each new length, which takes longer than the attention.
 torch.backends.cuda.enable_cudnn_sdp(False)
+POSITIONS = 1024                        # of which there are logits at a time where memory is short
 
 # ----------------------------------------------------------------------------------------------- the network
 
@@ -219,6 +220,18 @@ class GPT(nn.Module):
         """Last hidden states (..., D), what forward(head=False) returns -> logits (..., V)."""
         with autocast(x.device):
             return F.linear(x, (self.lm_head or self.embed_tokens).weight[:self.n_vocab])
+
+    def in_parts(self, part, *tensors: Tensor) -> list[Tensor]:
+        """The tensors that part(*tensors) returns; where memory is short, of POSITIONS entries at a time.
+
+        For logits: with a vocabulary of 150k they take more than all the rest, some 30 bytes an entry. In
+        parts no more than POSITIONS x V are there at a time; the backward pass makes them again.
+        """
+        if not self.grad_checkpoint:
+            return part(*tensors)
+        parts = zip(*(x.split(POSITIONS) for x in tensors))
+        made = [checkpoint(part, *some, use_reentrant=False) for some in parts]
+        return [torch.cat(x, -1) for x in zip(*made)]
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype: torch.dtype = torch.float32) -> "GPT":

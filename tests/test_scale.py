@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import elbo
 import estep
+import model as model_module
 import train
 from elbo import ACTION, FREE, PROMPT, Trace, collate
 from model import GPT, GPTConfig, load_pretrained, save_tokenizer
@@ -84,7 +85,7 @@ def openers(vocab: int) -> torch.Tensor:
 def test_the_e_step_in_parts_is_the_e_step(monkeypatch):
     """6 positions at a time (of 3 rows: 2) or all at once: the same terms and the same gradient."""
     torch.manual_seed(0)
-    monkeypatch.setattr(elbo, "POSITIONS", 6)
+    monkeypatch.setattr(model_module, "POSITIONS", 6)
     model, batch, seen = GPT(GPTConfig(vocab_size=80, n_layer=2)), collate(traces(3, 40, 80)), []
     pi = GPT(model.config).requires_grad_(False)
     for model.grad_checkpoint in (False, True):
