@@ -219,7 +219,8 @@ class GPT(nn.Module):
     def unembed(self, x: Tensor) -> Tensor:
         """Last hidden states (..., D), what forward(head=False) returns -> logits (..., V)."""
         with autocast(x.device):
-            return F.linear(x, (self.lm_head or self.embed_tokens).weight[:self.n_vocab])
+            # A slice of the weights would be cast anew each time: autocast remembers whole parameters.
+            return F.linear(x, (self.lm_head or self.embed_tokens).weight)[..., :self.n_vocab]
 
     def in_parts(self, part, *tensors: Tensor) -> list[Tensor]:
         """The tensors that part(*tensors) returns; where memory is short, of POSITIONS entries at a time.
