@@ -641,3 +641,12 @@ def test_tests_run_while_others_are_still_written(monkeypatch):
         monkeypatch.setattr(bench, "generate", lambda *a, **how: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             bench.attempt(tiny_model(), ENC, problems, [0, 1, 2], box, max_new_tokens=9)
+
+
+def test_each_sample_is_judged_by_its_own_problem_up_to_its_own_stop_text(monkeypatch, box):
+    """Problems with two stop rules, and so in two calls of `generate`; the last of them is not solved."""
+    problems = [Problem(str(n), f"# {n}\n", tests=Asserts("", (f"assert f(1) == {n % 3}",)), stop=("\nrun",) * (n != 1)) for n in range(4)]
+    texts = {0: "def f(x): return 0\nrun on", 1: "def f(x): return 1", 2: "def f(x): return 2\nrun on", 3: "def f(x): return 3\nrun on"}
+    write_instead(monkeypatch, lambda model, prompts, **how: [Sample(ENC.encode_ordinary(texts[int(ENC.decode(p)[-2])]), [], True) for p in prompts])
+    samples, passed = bench.attempt(tiny_model(), ENC, problems, list(range(4)), box, max_new_tokens=9)
+    assert passed == [True, True, True, False] and [ENC.decode(s.tokens) for s in samples] == list(texts.values())

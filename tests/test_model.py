@@ -279,11 +279,14 @@ SEEDS = [(5, i) for i in range(len(PROMPTS))]
 def test_generate_equals_naive_sampling(batch_size, temperature):
     """Whatever the batch: rows that finish early hand their slot on (small batches) or are dropped (large ones)."""
     model, stop_ids = tiny(), tuple(range(0, 6))                    # several stop tokens: rows end at all sorts of times
-    out = generate(model, PROMPTS, max_new_tokens=14, seeds=SEEDS, temperature=temperature, stop_ids=stop_ids, batch_size=batch_size)
+    ended = []
+    out = generate(model, PROMPTS, max_new_tokens=14, seeds=SEEDS, temperature=temperature, stop_ids=stop_ids, batch_size=batch_size,
+                   finished=lambda i, sample: ended.append((i, sample, list(sample.tokens))))
     expected = [naive(model, p, s, 14, temperature, stop_ids) for p, s in zip(PROMPTS, SEEDS)]
     assert [(s.tokens, s.stopped) for s in out] == [(t, stopped) for t, _, stopped in expected]
     assert max(abs(a - b) for s, (_, logps, _) in zip(out, expected) for a, b in zip(s.logprobs, logps, strict=True)) < 1e-4
     assert {s.stopped for s in out} == {True, False} and len({len(s.tokens) for s in out}) > 3
+    assert sorted(i for i, *_ in ended) == list(range(12)) and all(sample is out[i] and tokens == sample.tokens for i, sample, tokens in ended)
 
 
 def test_what_prompts_share_is_computed_once_and_changes_nothing():

@@ -1,6 +1,7 @@
 """The M-step: packing changes nothing, what is counted is what is trained, and NTP is the case without latents."""
 import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,15 @@ def test_packing_keeps_every_trace_and_every_row_fits():
     assert len(rows) < 50
     with pytest.raises(ValueError, match="does not fit"):
         mstep.pack(ts, 8)
+
+
+def test_an_updates_rows_fit_the_model_and_come_so_many_at_a_time():
+    ts = traces(20)
+    longest = max(len(t.tokens) for t in ts)
+    for limit in (longest, 99):                                      # half as long again as the longest, where the model allows that
+        parts = mstep.micro_batches(ts, SimpleNamespace(limit=limit), 3)
+        assert longest <= max(sum(len(ts[i].tokens) for i in row) for rows in parts for row in rows) <= min(limit, 3 * longest // 2)
+        assert sorted(i for rows in parts for row in rows for i in row) == list(range(20)) and {len(rows) for rows in parts[:-1]} == {3}
 
 
 def test_loss_and_gradient_of_packed_rows_are_those_of_the_documents_alone(model):

@@ -82,19 +82,22 @@ def openers(vocab: int) -> torch.Tensor:
     return torch.arange(vocab) < 50
 
 
-def test_the_e_step_in_parts_is_the_e_step(monkeypatch):
-    """6 positions at a time (of 3 rows: 2) or all at once: the same terms and the same gradient."""
+def test_in_parts_the_e_step_and_likelihoods_are_what_they_are_at_once(monkeypatch):
+    """6 positions at a time, of programs that share a row, or all at once: the same terms and the same gradient, and no more logits than that."""
     torch.manual_seed(0)
     monkeypatch.setattr(model_module, "POSITIONS", 6)
-    model, batch, seen = GPT(GPTConfig(vocab_size=80, n_layer=2)), collate(traces(3, 40, 80)), []
-    pi = GPT(model.config).requires_grad_(False)
+    model, batch, seen, made = GPT(GPTConfig(vocab_size=80, n_layer=2)), collate(traces(3, 40, 80), rows=[[0, 2], [1]]), [], []
+    pi, unembed = GPT(model.config).requires_grad_(False), model.unembed
+    monkeypatch.setattr(model, "unembed", lambda x: made.append(len(x)) or unembed(x))
     for model.grad_checkpoint in (False, True):
         model.zero_grad()
         gate, token, pi_token, anchor = estep.likelihoods(model, pi, batch, openers(80))
-        (gate.sum() + 2 * token.sum() + 3 * anchor).backward()
-        seen.append([gate, token, pi_token, anchor, *(p.grad.clone() for p in model.parameters())])
+        logp = elbo.token_logprobs(model, batch)
+        (gate.sum() + 2 * token.sum() + 3 * anchor + logp.square().sum()).backward()
+        seen.append([gate, token, pi_token, anchor, logp, *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*seen, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert made[:2] == [117, 117] and sorted(made[2:]) == [3] * 4 + [6] * 76    # E-step and likelihoods, each forward and backward
 
 
 # -------------------------------------------------------------------------------------- bfloat16 weights, float32 masters
