@@ -178,13 +178,13 @@ def attempt(model: GPT, enc, problems: list[Problem], seeds: list, box: Sandbox,
         order.append(i)
         ended.put((problems[i], text))
     with ThreadPoolExecutor(1) as beside:
-        verdicts = beside.submit(list, judge(box, iter(ended.get, None)))
         try:
+            verdicts = beside.submit(list, judge(box, iter(ended.get, None)))
             samples, _ = complete(model, enc, problems, seeds, put, **sampling)
         finally:
             ended.put(None)
-    passed = {i: verdict.passed for i, verdict in zip(order, verdicts.result())}
-    return samples, [passed[i] for i in range(len(problems))]
+    verdict = dict(zip(order, verdicts.result()))
+    return samples, [verdict[i].passed for i in range(len(problems))]
 
 
 def judged_rows(box: Sandbox, attempts: list[tuple[Problem, int, str]]) -> Iterator[dict]:

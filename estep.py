@@ -365,9 +365,10 @@ def write_comments(model: GPT, cache: KVCache, rows: list[_Version], states: Ten
     """Decode the comment line that each row has just opened; states: (B, D) at the gates.
 
     Leaves the cache with what it has seen of each row: all but its last sampled token and a forced closing.
+    Brings rows, and those of the cache, into another order.
     """
     def draw(logits: Tensor, live: list[bool]) -> list[int]:
-        noise = [r.rng.random() if on else 0.0 for r, on in zip(rows, live)]
+        noise = [r.rng.random() if on else 0.0 for r, on in zip(rows, live)]       # of the first rows
         return pick(logits, torch.tensor(noise, dtype=torch.float64, device=model.device), 1.0).tolist()
     cache.length = torch.tensor([len(r.trace.tokens) for r in rows], device=model.device)
     # Which opener: q restricted to them, since `decide` has drawn that it is one.
@@ -376,14 +377,16 @@ def write_comments(model: GPT, cache: KVCache, rows: list[_Version], states: Ten
     live = [r.write(token, enc, cfg, gate) for r, token, gate in zip(rows, last, gates)]
     decode = Decoder(model, cache)
     while any(live):
-        # Rows that have finished ride along; their cache does not advance.
+        fewer, order = cache.shrink(live)
+        if fewer is not cache:
+            rows[:len(live)] = [rows[b] for b in order]
+            last, live = [[values[b] for b in order[:len(fewer.length)]] for values in (last, live)]
+            cache, decode = fewer, Decoder(model, fewer)
+        # Rows that have finished since ride along; their cache does not advance.
         logits = decode(torch.tensor(last, device=model.device)).float()                           # (B, V)
         cache.length += torch.tensor(live, device=model.device)
-        drawn = draw(logits, live)
-        for b, r in enumerate(rows):
-            if live[b]:
-                last[b] = drawn[b]
-                live[b] = r.write(last[b], enc, cfg)
+        last = draw(logits, live)
+        live = [on and r.write(token, enc, cfg) for on, r, token in zip(live, rows, last)]
 
 
 def rollout_tokens(trace: Trace) -> int:

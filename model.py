@@ -174,6 +174,11 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of products, of attention and of the cache."""
+        return torch.bfloat16 if self.device.type == "cuda" else self.embed_tokens.weight.dtype
+
     def forward(self, tokens: Tensor, cache: "KVCache | None" = None, doc: Tensor | None = None,
                 at: Tensor | None = None, head: bool = True) -> Tensor:
         """Logits of the token after each token: tokens (B, T) int64 -> (B, T, V), V = n_vocab.
@@ -187,19 +192,18 @@ class GPT(nn.Module):
         """
         T, dev = tokens.shape[1], tokens.device
         pos = torch.arange(T, device=dev)[None]            # relative: they do not restart with each document
-        mask, end = None, T
+        seen, end = None, T
         if cache is not None:
             pos = cache.length[:, None] + pos                                              # (B, T)
             # A CUDA graph that is being recorded cannot look at lengths.
             recording = dev.type == "cuda" and torch.cuda.is_current_stream_capturing()
             end = cache.kv.shape[3] if recording else int(pos.max()) + 1
             seen = torch.arange(end, device=dev) <= pos[..., None]                         # (B, T, S)
-            mask = torch.where(seen, 0.0, -torch.inf).to(cache.kv.dtype)    # once, not in each layer
-            sharing = self.config.n_head // self.config.n_kv_head
-            mask = mask.repeat_interleave(sharing, dim=1)[:, None]                         # (B, 1, T*H/K, S)
+            seen = seen.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)  # (B, T*H/K, S)
         elif doc is not None:
-            same = doc[:, :, None] == doc[:, None, :]                                      # (B, T, T)
-            mask = same.tril()[:, None]                                                    # (B, 1, T, T)
+            seen = (doc[:, :, None] == doc[:, None, :]).tril()                             # (B, T, T)
+        # Numbers, made once: of bools each layer would make its own, and keep them for the backward pass.
+        mask = None if seen is None else torch.where(seen, 0.0, -torch.inf).to(self.dtype)[:, None]
         if end > self.limit:
             raise ValueError(f"a sequence of {end} tokens does not fit the model's context of {self.limit}")
         angle = pos[..., None, None] * rope_frequencies(self.config, dev)              # (B or 1, T, 1, C/2)
@@ -284,12 +288,27 @@ class KVCache:
         """A new cache that holds the given rows, a list or (R,) int64 (repeated ones are copied)."""
         return KVCache(self.kv[:, :, rows], self.length[rows])
 
+    def shrink(self, live: list[bool]) -> tuple["KVCache", list[int]]:
+        """Move the rows that are live to the front: their part of this cache, and the new order of all rows.
+
+        On a GPU only where half have ended: a smaller batch is recorded anew, which takes as long as some
+        tokens.
+        """
+        n, order = sum(live), list(range(len(live)))
+        if n == len(live) or (self.kv.is_cuda and n > len(live) / 2):
+            return self, order
+        free, moved = [b for b in order[:n] if not live[b]], [b for b in order[n:] if live[b]]
+        for a, b in zip(free, moved):
+            order[a], order[b] = b, a
+        to, of = free + moved, moved + free
+        self.kv[:, :, to], self.length[to] = self.kv[:, :, of], self.length[of]
+        return KVCache(self.kv[:, :, :n], self.length[:n]), order
+
 
 def new_cache(model: GPT, rows: int, size: int) -> KVCache:
     """An empty cache of `size` tokens a row, in the precision in which the model computes."""
     cfg, dev = model.config, model.device
-    dtype = torch.bfloat16 if dev.type == "cuda" else model.embed_tokens.weight.dtype
-    kv = torch.zeros(cfg.n_layer, 2, rows, size, cfg.n_kv_head, cfg.head_dim, dtype=dtype, device=dev)
+    kv = torch.zeros(cfg.n_layer, 2, rows, size, cfg.n_kv_head, cfg.head_dim, dtype=model.dtype, device=dev)
     return KVCache(kv, torch.zeros(rows, dtype=torch.int64, device=dev))
 
 
@@ -376,16 +395,11 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
                 prefill(model, cache, free, [prompts[rows[slot]] for slot in free])
             elif len(free) == len(rows):
                 return out
-            # On a GPU a smaller batch is recorded anew, which takes as long as some tokens.
-            elif len(free) >= (len(rows) / 2 if dev.type == "cuda" else 1):
-                n = len(rows) - len(free)        # the last rows move to where the first have ended
-                moved = [slot for slot in range(n, len(rows)) if rows[slot] is not None]
-                free = free[:len(moved)]
-                cache.kv[:, :, free], cache.length[free] = cache.kv[:, :, moved], cache.length[moved]
-                for slot, last in zip(free, moved):
-                    rows[slot] = rows[last]
-                rows, cache = rows[:n], KVCache(cache.kv[:, :, :n], cache.length[:n])
-                decode = Decoder(model, cache)
+            elif free:
+                fewer, order = cache.shrink([i is not None for i in rows])
+                if fewer is not cache:
+                    rows, cache = [rows[slot] for slot in order[:len(fewer.length)]], fewer
+                    decode = Decoder(model, cache)
             # Who has finished rides along, fed with anything; its cache does not advance.
             last = [0 if i is None else (out[i].tokens or prompts[i])[-1] for i in rows]
             logits = decode(torch.tensor(last, device=dev)).float()                        # (B, V)

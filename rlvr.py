@@ -51,10 +51,11 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
               micro_batch: int = 32, sample_batch: int = 256) -> dict[str, float]:
     """One update of GRPO, in place, on this rank's share of the problems.
 
-    seeds: one for each sample, G = cfg.rl_group of a problem after the other. Returns what to watch, over all
-    ranks: reward, signal (share of groups), truncated (share of samples), length, entropy (nats per token,
-    from the samples), how far trainer and sampler are apart (ratio: the mean of |rho - 1|; clipped: share of
-    tokens), the gradient's norm, tokens put through the model.
+    seeds: one for each sample, G = cfg.rl_group of a problem after the other. micro_batch: packed rows per
+    pass; sample_batch: samples drawn at a time. Returns what to watch, over all ranks: reward, signal (share
+    of groups), truncated (share of samples), length, entropy (nats per token, from the samples), how far
+    trainer and sampler are apart (ratio: the mean of |rho - 1|; clipped: share of tokens), the gradient's
+    norm, tokens put through the model.
     """
     G, sums = cfg.rl_group, Counter(ratio=0.0, clipped=0)
     asked = [p for p in problems for _ in range(G)]
