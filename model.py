@@ -289,10 +289,9 @@ class KVCache:
         return KVCache(self.kv[:, :, rows], self.length[rows])
 
     def shrink(self, live: list[bool]) -> tuple["KVCache", list[int]]:
-        """Move the rows that are live to the front: their part of this cache, and the new order of all rows.
+        """Move the live rows to the front: their part of the cache, and the new order of all rows.
 
-        On a GPU only where half have ended: a smaller batch is recorded anew, which takes as long as some
-        tokens.
+        On a GPU only where half have ended: to record a smaller batch anew takes as long as some tokens.
         """
         n, order = sum(live), list(range(len(live)))
         if n == len(live) or (self.kv.is_cuda and n > len(live) / 2):
