@@ -44,7 +44,7 @@ from torch import Tensor
 import elbo
 from elbo import ACTION, FORCED, FREE, LATENT, NO_GATE, PROMPT, Batch, Program, Trace, chunks
 from model import GPT, Decoder, Encoding, KVCache, autocast, load_pretrained, new_cache, pad, pick
-from mstep import bar, micro_batches, optimize, total
+from mstep import bar, optimize, packed_rows, total
 
 TAU = 0.03                # nats by which a piece must pay more to be e times as likely in the `posterior`
 GATE = 5.0                # weight of the gates' loss; at 1 the E-step ends before they have learnt
@@ -89,8 +89,7 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: Encoding, openers: Tensor, program
 
     def losses():
         for part in chunks(traces, max(micro_batch // K, 1) * K):      # versions of a program stay together
-            [rows] = micro_batches(part, q, len(part))
-            batch = elbo.collate(part, q.device, rows)
+            batch = elbo.collate(part, q.device, packed_rows(part, q.limit))
             gate, token, pi_token, anchor = likelihoods(q, pi, batch, openers)             # (B, T-1) each
             watched = judge(part, batch, pi_token, cfg)                              # (P * K, L) each
             reward, think = (watched[name].unflatten(0, (-1, K)) for name in ("reward", "think"))  # (P, K, L)
@@ -104,7 +103,7 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: Encoding, openers: Tensor, program
             yield learned + cfg.e_anchor * anchor
 
     norm = optimize(q, optimizer, losses(), len(traces))
-    sums["lines"] = sum(len(t.thinks()) for t in traces)
+    sums["lines"] = sum(len(p.lines) for p in versions)
     sums["tokens"] = sum(rollout_tokens(t) + 4 * len(t.tokens) for t in traces)            # pi once, q thrice
     sums = total(sums)
     lines, rationales = sums["lines"], max(sums["think"], 1)

@@ -47,7 +47,7 @@ def m_update(model: GPT, optimizer, traces: list[Trace], micro_batch: int = 32) 
 
     micro_batch: packed rows per pass. Returns what to watch, over all ranks; loss: nats per trained token.
     """
-    parts = micro_batches(traces, model, micro_batch)
+    parts = chunks(packed_rows(traces, model.limit), micro_batch)
     batches = [elbo.collate(traces, model.device, rows) for rows in parts]
     trained, nats = sum(int(b.scored.sum()) for b in batches), []
 
@@ -69,14 +69,14 @@ def loss(model, batch: Batch) -> Tensor:
     return -elbo.token_logprobs(model, batch).sum()
 
 
-def micro_batches(traces: list[Trace], model: GPT, n: int) -> list[list[list[int]]]:
-    """`pack`ed rows of the numbers of traces, n at a time, as long as pads least: up to 2 of the longest."""
+def packed_rows(traces: list[Trace], limit: int) -> list[list[int]]:
+    """The rows of `pack` for the length that pads least: one to two times the longest, at most `limit`."""
     sizes = [len(t.tokens) for t in traces]
-    lengths = [min(max(sizes, default=0) * eighths // 8, model.limit) for eighths in range(8, 17)]
+    lengths = [min(max(sizes, default=0) * eighths // 8, limit) for eighths in range(8, 17)]
 
     def area(rows: list[list[int]]) -> int:                            # of a rank that has none: 0
         return len(rows) * max((sum(sizes[i] for i in row) for row in rows), default=0)
-    return chunks(min((pack(traces, length) for length in lengths), key=area), n)
+    return min((pack(traces, length) for length in lengths), key=area)
 
 
 def pack(traces: list[Trace], length: int) -> list[list[int]]:

@@ -29,9 +29,9 @@ from torch import Tensor
 
 import elbo
 from bench import Problem, attempt, world
-from elbo import ACTION, PROMPT, Trace
+from elbo import ACTION, PROMPT, Trace, chunks
 from model import GPT, Sample, encode_prompt, load_pretrained
-from mstep import micro_batches, optimize, total
+from mstep import optimize, packed_rows, total
 from sandbox import Sandbox
 
 LOW, HIGH = 0.2, 0.28                   # how far below and above 1 the ratio still counts
@@ -63,17 +63,17 @@ def rl_update(model: GPT, optimizer, enc, problems: list[Problem], seeds: list, 
                               batch_size=sample_batch)
     rewards = torch.tensor(passed, dtype=torch.float32).view(-1, G)                        # (P, G)
     signal = has_signal(rewards)                                                           # (P,)
-    advantage = group_advantages(rewards).flatten().to(model.device)                       # (P * G,)
     used = [i for i in range(len(samples)) if signal[i // G]]
+    advantage = group_advantages(rewards).flatten()[used].to(model.device)                 # (used,)
     traces = [as_trace(encode_prompt(enc, asked[i].prompt), samples[i]) for i in used]
     trained = sum(len(samples[i].tokens) for i in used)
 
     def losses():
-        for rows in micro_batches(traces, model, micro_batch):
+        for rows in chunks(packed_rows(traces, model.limit), micro_batch):
             batch = elbo.collate(traces, model.device, rows)
             old = [logp for row in rows for n in row for logp in samples[used[n]].logprobs]
             old = torch.tensor(old, device=model.device)                                           # (N,)
-            A = advantage[used][batch.doc[:, 1:][batch.scored]]                                    # (N,)
+            A = advantage[batch.doc[:, 1:][batch.scored]]                                          # (N,)
             logp = elbo.token_logprobs(model, batch)                                               # (N,)
             apart = (logp.detach() - old).expm1()
             sums["ratio"] += apart.abs().sum().item()
@@ -129,7 +129,7 @@ def demo():
     for sample, reward, advantage in zip(samples, passed, A):
         print(f"{enc.decode(sample.tokens[:-1])}    reward {reward:d}, advantage {advantage:+.3f}")
     traces = [as_trace(encode_prompt(enc, problem.prompt), sample) for sample in samples]
-    logp = elbo.token_logprobs(model, elbo.collate(traces)).detach()                                    # (N,)
+    logp = elbo.token_logprobs(model, elbo.collate(traces)).detach()                               # (N,)
     old = torch.tensor([logp for sample in samples for logp in sample.logprobs])                   # (N,)
     A = A.repeat_interleave(torch.tensor([len(sample.tokens) for sample in samples]))              # (N,)
     losses = [grpo_loss(old + math.log(ratio), old, A) / len(A) for ratio in (0.5, 1.0, 1.5)]

@@ -71,7 +71,7 @@ class RunConfig:
     rl_data: Annotated[str, "RLVR's problems: world, or benchmarks (leetcode:train)"] = "world"
     data_dir: Annotated[str, "folder with the benchmarks as JSONL files; empty: the hub"] = ""
     eval_problems: Annotated[int, "held-out problems; 128: a standard error of 4 points a seed"] = 128
-    micro_batch: Annotated[int, "sequences per training pass; changes memory, not the result"] = 32
+    micro_batch: Annotated[int, "packed rows (E-step: versions) per pass; for memory, not the result"] = 32
     sample_batch: Annotated[int, "sequences sampled at a time; changes memory, not the result"] = 256
     context: Annotated[int, "longest sequence in tokens, where the model allows more"] = 2 ** 20
     save_memory: Annotated[Literal["none", "recompute", "shard", "offload"],

@@ -1,7 +1,6 @@
 """The M-step: packing changes nothing, what is counted is what is trained, and NTP is the case without latents."""
 import copy
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +47,7 @@ def test_an_updates_rows_fit_the_model_and_come_so_many_at_a_time():
     ts = traces(20)
     longest = max(len(t.tokens) for t in ts)
     for limit in (longest, 99):                                      # up to twice as long as the longest, where the model allows that
-        parts = mstep.micro_batches(ts, SimpleNamespace(limit=limit), 3)
+        parts = elbo.chunks(mstep.packed_rows(ts, limit), 3)
         assert longest <= max(sum(len(ts[i].tokens) for i in row) for rows in parts for row in rows) <= min(limit, 2 * longest)
         assert sorted(i for rows in parts for row in rows for i in row) == list(range(20)) and {len(rows) for rows in parts[:-1]} == {3}
 
@@ -56,7 +55,7 @@ def test_an_updates_rows_fit_the_model_and_come_so_many_at_a_time():
 def test_rows_are_as_long_as_pads_least():
     """14 with 10, 10 with 10, and once more: three rows of 24. Rows of 14 would be six, rows of 21 (then 20 wide) four."""
     ts = [Trace(tokens=[1] * n) for n in (10, 10, 14, 10, 10, 10)]
-    [rows] = mstep.micro_batches(ts, SimpleNamespace(limit=99), 9)
+    rows = mstep.packed_rows(ts, 99)
     assert [sum(len(ts[i].tokens) for i in row) for row in rows] == [24, 20, 20]
 
 
