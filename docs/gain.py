@@ -1,15 +1,18 @@
 """What rationales are worth to the model: a table, from the folder of one run alone.
 
-    python docs/gain.py runs/main0                # q's rationales before the lines of the held-out programs
-    python docs/gain.py runs/main0 --by start     # also those of the model that the E-step began with
+    python docs/gain.py runs/main0                      # q's rationales in the held-out programs
+    python docs/gain.py runs/main0 --by start ra3       # also those by models of the run, or by any folder's
+    python docs/gain.py runs/main0 --by ra3 --bound 16  # also whether they are hidden by Jensen's inequality
 
-That model is the judge, pi. It scores the lines that have a rationale, -log pi(a_t | s_t, z_t) in nats, in
-three versions of the program: without rationales, with its own, and with one of another program in the place
-of each. The gain is what rationales take off the first. What another's take off as well is owed to the form
-of a comment, not to what it says. Of several rounds of a run the first is shown.
+The judge of q's is pi, the model that the E-step began with (`start`); other models judge their own. A judge
+scores the lines that have a rationale, -log pi(a_t | s_t, z_t) in nats, in three versions of the program:
+without rationales, with its own, and with one of another program in the place of each. The gain is what
+rationales take off the first. What another's take off as well is owed to the form of a comment, not to what
+it says. Of several rounds of a run the first is shown.
 """
 import argparse
 import json
+import math
 import re
 import sys
 import zlib
@@ -24,10 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import elbo
 import estep
 from elbo import ACTION, FORCED, FREE, LATENT, PROMPT, Program, Trace
-from model import GPT, load_pretrained
+from model import GPT, Encoding, load_pretrained
 
 HEAD = """| writer | lines | nats: without | with | another's | gain | another's gain | own over another's |
 |---|---|---|---|---|---|---|---|"""
+
+DRAWS = 16
+BOUNDS = f"""
+| log p of a program, nats | without | K = 1 | K = 4 | K = {DRAWS} | another's, K = {DRAWS} |
+|---|---|---|---|---|---|"""
 
 
 def compare_versions(judge: GPT, enc, infused: list[Trace], seed) -> list[Tensor]:
@@ -105,14 +113,35 @@ def tokens_by_line(trace: Trace, kind: int) -> dict[int, list[int]]:
     return out
 
 
-def infuse(start: GPT, enc, programs: list[Program], settings: dict) -> list[Trace]:
-    """The programs with rationales of `start`, drawn with the seeds of train.py's draw from q."""
+def infuse(model: GPT, enc, programs: list[Program], settings: dict, draw: int = 0) -> list[Trace]:
+    """The programs with rationales of `model`, draw 0 with the seeds of train.py's draw from q."""
     names = ("rationales", "max_rationale", "max_comments")
     cfg = estep.EStepConfig(**{name: settings[name] for name in names})
     purpose, openers = zlib.crc32(b"infuse heldout"), elbo.opener_mask(enc)
-    seeds = [[settings["seed"], purpose, i] for i in range(len(programs))]
-    traces = estep.rollout(start, enc, programs, seeds, openers, cfg, settings["sample_batch"])
+    seeds = [[settings["seed"], purpose, i, *[draw] * bool(draw)] for i in range(len(programs))]
+    traces = estep.rollout(model, enc, programs, seeds, openers, cfg, settings["sample_batch"])
     return [estep.without_broken(trace) for trace in traces]
+
+
+def bounds(model: GPT, enc, programs: list[Program], draws: list[list[Trace]], seed) -> list[Tensor]:
+    """log p of each program's actions by the model, in nats, (P,) each: without rationales; the bound
+
+        log p(a) >= E log 1/K sum_k prod_t pi(a_t | s_t, z_t^k)          (Burda et al., arXiv 1509.00519)
+
+    by K = 1, 4 and all 16 draws of its own rationales; by all, each rationale one of another program. K = 1
+    is J of Theorem 3.1 with p(z) = q(z). It grows with K where some draws tell what most do not.
+    """
+    openers = elbo.opener_mask(enc).to(model.device)
+
+    def log_p(traces: list[Trace]) -> Tensor:                                        # (P,)
+        return torch.stack([-line_nats(model, trace, openers).sum() for trace in traces])
+
+    def bound(log_p: Tensor, k: int) -> Tensor:                                      # (P, DRAWS) -> (P,)
+        return (log_p.unflatten(1, (-1, k)).logsumexp(2) - math.log(k)).mean(1)
+    others = [swap_rationales(enc, programs, draw, [*seed, k]) for k, draw in enumerate(draws)]
+    own, other = (torch.stack(list(map(log_p, some)), 1) for some in (draws, others))         # (P, DRAWS)
+    plain = log_p([program.trace() for program in programs])
+    return [plain, bound(own, 1), bound(own, 4), bound(own, DRAWS), bound(other, DRAWS)]
 
 
 def table_row(writer: str, nats: list[Tensor]) -> str:
@@ -129,18 +158,34 @@ def table_row(writer: str, nats: list[Tensor]) -> str:
 def main(argv: list[str] | None = None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("run", type=Path, help="folder of a run whose E-step is done")
-    ap.add_argument("--by", choices=["start"], help="judge that model's own rationales, too")
+    ap.add_argument("--by", nargs="+", default=[], metavar="MODEL",
+                    help="start, a model of the run, or a folder: its own rationales, judged by itself")
+    ap.add_argument("--bound", action="store_true", help=f"log p by {DRAWS} draws of each of those models")
+    ap.add_argument("--limit", type=int, help="only the first so many programs")
     args = ap.parse_args(argv)
     settings = json.loads((args.run / "config.json").read_text())["settings"]
-    infused = [Trace(**json.loads(line)) for line in (args.run / "infused.jsonl").open()]
+    infused = [Trace(**json.loads(line)) for line in (args.run / "infused.jsonl").open()][:args.limit]
     start = args.run / "warm" if settings["warm_steps"] else settings["model"]
-    judge, enc = load_pretrained(start, "cuda" if torch.cuda.is_available() else "cpu")
-    judge.limit = min(settings["context"], judge.limit)
-    seed = [settings["seed"], zlib.crc32(b"shuffled")]
+
+    def load(name) -> tuple[GPT, Encoding]:
+        model, enc = load_pretrained(name, "cuda" if torch.cuda.is_available() else "cpu")
+        model.limit = min(settings["context"], model.limit)
+        return model, enc
+    seed, rows = [settings["seed"], zlib.crc32(b"shuffled")], []
+    judge, enc = load(start)
     print(HEAD, table_row("q", compare_versions(judge, enc, infused, seed)), sep="\n")
-    if args.by:
-        infused = infuse(judge, enc, [rebuild_program(enc, trace) for trace in infused], settings)
-        print(table_row("the start", compare_versions(judge, enc, infused, seed)))
+    programs = [rebuild_program(enc, trace) for trace in infused]
+    for name in args.by:
+        folder = start if name == "start" else args.run / name
+        judge, enc = load(folder if name == "start" or folder.exists() else name)
+        draws = [infuse(judge, enc, programs, settings, k) for k in range(DRAWS if args.bound else 1)]
+        print(table_row(name, compare_versions(judge, enc, draws[0], seed)), flush=True)
+        if args.bound:
+            columns = bounds(judge, enc, programs, draws, seed)
+            cells = ["{:.2f} ± {:.2f}".format(*mean_over_programs(list(x[:, None]))) for x in columns]
+            rows.append("| " + " | ".join([name, *cells]) + " |")
+    if rows:
+        print(BOUNDS, *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import elbo
 import estep
 import train
 from elbo import ACTION, FREE, LATENT, NO_GATE, PROMPT, Program, Trace
-from model import GPT, GPTConfig, load_pretrained, load_tokenizer
+from model import GPT, GPTConfig, load_pretrained, load_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("gain", ROOT / "docs/gain.py")
@@ -157,6 +157,45 @@ def test_the_gain_of_a_rationale_is_that_of_the_likelihoods(enc):
     assert cells[-1].endswith(f" ± {error:.3f}")
 
 
+def test_the_bound_by_k_samples_is_that_of_the_likelihoods(enc):
+    model, draws = tiny(3), []
+    programs = [elbo.parse(enc, "a\n", text, EOS) for text in ("x\na\n", "xx\na\n")]
+    for k in range(gain.DRAWS):
+        said = [{0: ["#" + "ax"[k % 2] * (k // 4 + 1)]}, {1: ["#x" + "a" * (k % 3)]} if k % 5 else {}]
+        draws.append([infuse(enc, *pair) for pair in zip(programs, said)])
+    columns = gain.bounds(model, enc, programs, draws, [0])
+    others = [gain.swap_rationales(enc, programs, draw, [0, k]) for k, draw in enumerate(draws)]
+    for i, program in enumerate(programs):
+        def p(trace: Trace) -> float:
+            return math.exp(-sum(nats_by_hand(model, trace, t) for t in range(len(program.lines))))
+        own, other = ([p(draw[i]) for draw in some] for some in (draws, others))
+        fours = [sum(own[a:a + 4]) / 4 for a in range(0, 16, 4)]
+        want = [math.log(p(program.trace())), np.log(own).mean(), np.log(fours).mean(),
+                math.log(sum(own) / 16), math.log(sum(other) / 16)]
+        assert [x[i].item() for x in columns] == pytest.approx(want, abs=1e-5)
+        assert want[1] < want[2] - 1e-4 < want[3] - 2e-4 and abs(want[3] - want[4]) > 1e-4
+
+
+def test_each_model_writes_and_judges_its_own(tmp_path, capsys):
+    folder, rows = tmp_path / "r", []
+    write_run(folder, 3)
+    torch.manual_seed(0)
+    other = GPT.from_pretrained(ROOT / "base")
+    other.embed_tokens.weight.data += 0.05 * torch.randn_like(other.embed_tokens.weight)
+    other.save_pretrained(folder / "ra3")
+    save_tokenizer(load_tokenizer(ROOT / "base"), folder / "ra3")
+    for names in (["start", "ra3"], [str(folder / "ra3")]):
+        capsys.readouterr()
+        gain.main([str(folder), "--by", *names, "--bound", "--limit", "2"])
+        rows.append([line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()])
+    (head, _, q, start, ra3, _, below, _, *bounds), (_, _, same_q, ra3_again, _, _, _, bound_again) = rows
+    assert [row[0] for row in (q, start, ra3, *bounds)] == ["q", "start", "ra3", "start", "ra3"]
+    assert q == same_q and q[1:] == start[1:] != ra3[1:] and len(start) == len(head)
+    assert ra3[1:] == ra3_again[1:] and bounds[1][1:] == bound_again[1:] != bounds[0][1:]
+    numbers = [float(cell.split(" ± ")[0]) for cell in bounds[0][1:]]
+    assert numbers[1] <= numbers[2] <= numbers[3] and len(bounds[0]) == len(below)
+
+
 def test_a_program_too_long_with_anothers_rationale_is_left_out(enc):
     model = tiny(3)
     programs = [elbo.parse(enc, "a\n", text, EOS) for text in ("x\na\n", "xxxxxxxx\n", "a\n")]
@@ -233,7 +272,7 @@ def test_the_start_draws_what_training_draws(tmp_path, capsys, monkeypatch):
     q, start = print_table(capsys, str(folder), "--by", "start")
     experts, heldout, again = asked
     assert experts == [] and heldout == again
-    assert (q[0], start[0]) == ("q", "the start") and q[1:] == start[1:]
+    assert (q[0], start[0]) == ("q", "start") and q[1:] == start[1:]
     traces = read_traces(folder)
     assert int(q[1]) == sum(sum(trace.thinks()) for trace in traces) < sum(len(t.thinks()) for t in traces)
     assert print_table(capsys, str(folder)) == [q]
