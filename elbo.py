@@ -40,7 +40,7 @@ from model import Encoding, encode_prompt, load_pretrained
 # ------------------------------------------------------------------------------ what each token of a text is
 
 PROMPT, LATENT, ACTION = 0, 1, 2      # given text; chosen by q; the expert's (or, in RLVR, the policy's) code
-NO_GATE, FREE, FORCED = 0, 1, 2        # no decision point; one where q chose; one where the experiment chose
+NO_GATE, FREE, FORCED = 0, 1, 2       # no decision point; one that q chose, or learns from; one it does not
 
 
 @dataclass

@@ -21,8 +21,8 @@ rolled back to there, the rationale is decoded, and the rest is scored again. Th
 deciding line by line.
 
 Where this departs from the paper, or where the paper is silent:
- 1. The gates' gradient is that of KL(posterior || q), REINFORCE's that of KL(q || posterior); both are least
-    where q is the posterior (Bornschein and Bengio, arXiv 1406.2751).
+ 1. The gates' posterior has q itself for a prior, and is sharpened by TAU (with p and TAU = 1 this would be
+    Bornschein and Bengio's, arXiv 1406.2751): it tends to the best of the K versions.
  2. Rewards are sums over a line's tokens, in nats, as in Theorem 3.1; the paper's c = 0.05 may go with means
     per token. A line counts as costing `floor` nats at most: rare, very wrong rationales make the variance.
  3. A trust region holds the action likelihoods, which share the network with q (`anchor_loss`).
@@ -53,7 +53,7 @@ GATE = 5.0                # weight of the gates' loss; at 1 the E-step ends befo
 @dataclass
 class EStepConfig:
     """What the E-step can be told, with the reason for each default."""
-    e_steps: Annotated[int, "updates of q; its reward settles within them"] = 45
+    e_steps: Annotated[int, "updates of q; most of its gain comes in 25"] = 45
     e_programs: Annotated[int, "programs per update of the E-step"] = 16
     e_rollouts: Annotated[int, "K, versions of each program; the baseline averages the K - 1 others"] = 8
     e_lr: Annotated[float, "the E-step's learning rate; 5e-4 spoils the arithmetic at once"] = 2e-4
@@ -79,8 +79,8 @@ def e_update(q: GPT, pi: GPT, optimizer, enc: Encoding, openers: Tensor, program
     """One update of q, in place, on this rank's share of the programs. pi: the frozen copy that scores.
 
     seeds: one for each version, K = cfg.e_rollouts of a program after the other. micro_batch: versions per
-    pass; sample_batch: versions rolled out at a time. Returns what to watch, over all ranks: means per line
-    and per rationale, the gradient's norm, tokens put through a model.
+    pass; sample_batch: versions rolled out at a time. Returns what to watch, over all ranks: reward, loglik
+    and think per line; broken and length per rationale; `uplift`; grad_norm; tokens put through a model.
     """
     names = ("reward", "loglik", "think", "gap", "broken", "length", "compared")
     K, sums = cfg.e_rollouts, Counter(dict.fromkeys(names, 0.0))       # also of a rank that has no program
@@ -155,7 +155,7 @@ def posterior(reward: Tensor, think: Tensor) -> Tensor:
     """Weights of the versions of each program, line by line: (P, K, L) twice -> (P, K, L), sums over K are 1.
 
     In a piece a version weighs ~ exp(its reward there / TAU): q writes before it sees the line that it
-    explains; here the line has its say, as in the posterior under which Theorem 3.1 is tight.
+    explains; here the line has its say, as in the posterior under which Theorem 3.1 is tight, but sharper.
     """
     out = torch.zeros_like(reward)
     for weights, r, z in zip(out, reward, think):
@@ -187,7 +187,7 @@ def decisions(traces: list[Trace], n_lines: int, device=None) -> tuple[Tensor, T
 def reinforce_loss(log_q: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
     """-sum over q's decisions of log q(decision) A_line, or w_line; divide by the number of rollouts.
 
-    log_q: (B, T - 1) from `elbo.log_q`; advantage: (traces, L).
+    log_q: (B, T - 1) from `elbo.log_q`, or a part of it; advantage: (traces, L).
     """
     doc, line = batch.doc[:, 1:], batch.line[:, 1:]
     real = line >= 0
@@ -354,9 +354,9 @@ def score_lines(model: GPT, cache: KVCache, rows: list[_Version], openers: Tenso
     return x.split(n_lines), [p.tolist() for p in p_open.split(n_lines)]
 
 
-def next_token(model: GPT, x: Tensor, rows: int = 256):
+def next_token(model: GPT, x: Tensor):
     """The distributions (n, V) after the states (N, D), n at a time: float64 takes much memory."""
-    return (model.unembed(part).double().softmax(-1) for part in x.split(rows))
+    return (model.unembed(part).double().softmax(-1) for part in x.split(256))
 
 
 def write_comments(model: GPT, cache: KVCache, rows: list[_Version], states: Tensor, gates: list[int],

@@ -370,7 +370,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, seeds
     seeds: one per prompt, anything `np.random.default_rng` takes, best what the sample is for: (seed, phase,
     step, problem, sample). Each token takes one uniform number, see `pick`. A row that finishes hands its
     slot to the next prompt that waits. finished(i, sample) is called when that of prompt i has ended. Raises
-    ValueError for an empty prompt, or one that leaves no room.
+    ValueError for an empty prompt, one that leaves no room, or one without a seed.
     """
     limit, dev = model.limit, model.device
     stop_ids = {model.config.eos_id} if stop_ids is None else set(stop_ids)
@@ -621,7 +621,7 @@ class Encoding:
 
 
 def load_tokenizer(name) -> Encoding:
-    """The tokenizer of a model, a folder or a hub name. Raises OSError if there is none, else as Encoding."""
+    """The tokenizer of a model: a folder, a hub name. Raises OSError if there is none; as Encoding."""
     return Encoding(find_model(name, "*config.json", *TOKENIZER_FILES) / "tokenizer.json")
 
 

@@ -137,7 +137,7 @@ def bar(items, what: str):
     return tqdm(items, what, leave=False, delay=2, mininterval=1.0, disable=ranks()[0] > 0)
 
 
-def optimize(model: GPT, optimizer, losses, count: float, clip: float = 1.0) -> float:
+def optimize(model: GPT, optimizer, losses, count: float) -> float:
     """One optimizer step on the sum of `losses` (scalars, made one by one) over the count of all ranks.
 
     Gradients are summed here, not by DistributedDataParallel: a rank may have any number of micro-batches,
@@ -157,7 +157,7 @@ def optimize(model: GPT, optimizer, losses, count: float, clip: float = 1.0) -> 
             flat = parameters_to_vector(grads)
             dist.all_reduce(flat)
             vector_to_parameters(flat, grads)
-    norm = clip_grad_norm_(params, clip).item()
+    norm = clip_grad_norm_(params, max_norm=1.0).item()
     if not math.isfinite(norm):        # a step would make all weights so, and nothing after it would complain
         raise ValueError(f"the gradient's norm is {norm}: training has diverged; start again with a lower "
                          "learning rate")

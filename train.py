@@ -326,7 +326,7 @@ def scores(run: "Run", model: GPT, data: "Data") -> dict[str, float]:
 
 
 def evaluate(run: "Run", name, data: "Data", curve: str | None = None, step: int = 0) -> dict[str, float]:
-    """A stage's scores; hard: pass@1 at temperature 1 on problems longer than any that it trained on.
+    """A stage's scores; hard: pass@1 at temperature 1 on longer problems.
 
     curve: the stage of RLVR whose curve has them at `step`, its start or its end.
     """

@@ -49,8 +49,8 @@ def rows(kind: str, n: int, seed: int, n_steps=(2, 3), n_terms=(5, 9)) -> Iterat
     """Yields n different problems as dicts (id, prompt, solution, tests), the same for the same arguments.
 
     kind: "web" (with comments; easier problems among them; no tests), "train" (experts' programs), "eval"
-    (held out) or "hard" (held out, and longer than any other). n_steps, n_terms: the least and the most steps
-    of a program and terms of a constant. Raises ValueError for another kind.
+    (held out) or "hard" (held out, and longer, most than any other). n_steps, n_terms: the least and the most
+    steps of a program and terms of a constant. Raises ValueError for another kind.
     """
     if kind not in ("web", "train", "eval", "hard"):
         raise ValueError(f"unknown kind of problem {kind!r}: expected 'web', 'train', 'eval' or 'hard'")

@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None):
     out.parent.mkdir(exist_ok=True)
     out.write_text(as_html(title, versions, list(columns)), encoding="utf-8")
     print(title, as_text(versions, list(columns), sys.stdout.isatty()), "", sep="\n")
-    print(f"The update gained {total_gain(columns):+.4f} nats of its objective a program. Page: {out}")
+    print(f"The update gained {total_gain(columns):+.4f} nats of its objective a version. Page: {out}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python docs/gain.py runs/main0                      # q's rationales in the held-out programs
     python docs/gain.py runs/main0 --by start ra3       # also those by models of the run, or by any folder's
-    python docs/gain.py runs/main0 --by ra3 --bound 16  # also whether they are hidden by Jensen's inequality
+    python docs/gain.py runs/main0 --by ra3 --bound     # also whether they are hidden by Jensen's inequality
 
 The judge of q's is pi, the model that the E-step began with (`start`); other models judge their own. A judge
 scores the lines that have a rationale, -log pi(a_t | s_t, z_t) in nats, in three versions of the program:
@@ -38,13 +38,12 @@ BOUNDS = f"""
 |---|---|---|---|---|---|"""
 
 
-def compare_versions(judge: GPT, enc, infused: list[Trace], seed) -> list[Tensor]:
+def compare_versions(judge: GPT, enc, programs: list[Program], infused: list[Trace], seed) -> list[Tensor]:
     """Nats of the n lines with a rationale: without it, with it, with another's, (3, n) per program.
 
     seed: of the choice of others' rationales. A program too long with these is left out.
     """
     openers = elbo.opener_mask(enc).to(judge.device)
-    programs = [rebuild_program(enc, trace) for trace in infused]
     swapped, out = swap_rationales(enc, programs, infused, seed), []
     for program, own, other in zip(programs, infused, swapped):
         if len(other.tokens) <= judge.limit:
@@ -173,13 +172,13 @@ def main(argv: list[str] | None = None):
         return model, enc
     seed, rows = [settings["seed"], zlib.crc32(b"shuffled")], []
     judge, enc = load(start)
-    print(HEAD, table_row("q", compare_versions(judge, enc, infused, seed)), sep="\n")
     programs = [rebuild_program(enc, trace) for trace in infused]
+    print(HEAD, table_row("q", compare_versions(judge, enc, programs, infused, seed)), sep="\n")
     for name in args.by:
         folder = start if name == "start" else args.run / name
         judge, enc = load(folder if name == "start" or folder.exists() else name)
         draws = [infuse(judge, enc, programs, settings, k) for k in range(DRAWS if args.bound else 1)]
-        print(table_row(name, compare_versions(judge, enc, draws[0], seed)), flush=True)
+        print(table_row(name, compare_versions(judge, enc, programs, draws[0], seed)), flush=True)
         if args.bound:
             columns = bounds(judge, enc, programs, draws, seed)
             cells = ["{:.2f} ± {:.2f}".format(*mean_over_programs(list(x[:, None]))) for x in columns]

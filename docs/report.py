@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from elbo import ACTION, LATENT, PROMPT, Trace
 from model import load_tokenizer
-from train import CURVE_PROBLEMS
+from train import CURVE_PROBLEMS, MAY_CHANGE
 
 # The rows of tables: {key of a record: title}.
 ARMS = {
@@ -81,7 +81,7 @@ COLOURS = {"base": "tab:gray", "ntp": "tab:blue", "ntp-long": "tab:cyan", "ra3":
            "estep": "tab:red"}
 ORIGIN = ["seed", "commit", "python", "torch", "cpus", "gpu"]
 # Settings that change no arm's result, or only by the draws.
-NOT_COMPARED = {"name", "seed", "resume", "arms", "micro_batch", "sample_batch", "save_every", "data_dir"}
+NOT_COMPARED = MAY_CHANGE | {"seed", "arms"}
 
 
 @dataclass

@@ -137,7 +137,7 @@ def test_the_gain_of_a_rationale_is_that_of_the_likelihoods(enc):
     texts |= {"a\nax\n": {1: ["#"]}}
     programs = [elbo.parse(enc, "a\n", text, EOS) for text in texts]
     infused = [infuse(enc, program, said) for program, said in zip(programs, texts.values())]
-    nats = gain.compare_versions(model, enc, infused, 0)
+    nats = gain.compare_versions(model, enc, programs, infused, 0)
     swapped = gain.swap_rationales(enc, programs, infused, 0)
     want = [[], [], []]
     for program, own, other in zip(programs, infused, swapped):
@@ -203,9 +203,9 @@ def test_a_program_too_long_with_anothers_rationale_is_left_out(enc):
     infused = [infuse(enc, p, {0: [comment]}) for p, comment in zip(programs, said)]
     lengths = [len(trace.tokens) for trace in gain.swap_rationales(enc, programs, infused, 1)]
     model.limit = max(lengths) - 1
-    assert len(gain.compare_versions(model, enc, infused, 1)) == sum(n < max(lengths) for n in lengths) == 2
+    assert len(gain.compare_versions(model, enc, programs, infused, 1)) == sum(n < max(lengths) for n in lengths) == 2
     model.limit = max(lengths)
-    assert len(gain.compare_versions(model, enc, infused, 1)) == 3
+    assert len(gain.compare_versions(model, enc, programs, infused, 1)) == 3
 
 
 def test_a_standard_error_over_programs():
@@ -300,8 +300,9 @@ def test_the_judge_is_the_warm_base_where_there_was_a_warm_up(tmp_path, monkeypa
 
 @pytest.mark.filterwarnings("ignore:std")
 def test_of_no_rationales_the_number_alone_is_shown(enc):
-    infused = [elbo.parse(enc, "a\n", "x\na\n", EOS).trace() for _ in range(2)]
-    row = gain.table_row("q", gain.compare_versions(tiny(3), enc, infused, 0))
+    programs = [elbo.parse(enc, "a\n", "x\na\n", EOS) for _ in range(2)]
+    infused = [program.trace() for program in programs]
+    row = gain.table_row("q", gain.compare_versions(tiny(3), enc, programs, infused, 0))
     assert row.startswith("| q | 0 | nan | nan | nan | +nan ± nan |")
 
 

@@ -1,4 +1,4 @@
-"""Section 2 of the paper as checks on small tabular problems: why mid-training should live in a space of action abstractions."""
+"""Section 3 of the paper as checks on small tabular problems: why mid-training should live in a space of action abstractions."""
 import math
 
 import numpy as np

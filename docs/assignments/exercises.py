@@ -325,6 +325,6 @@ EXERCISES = {
         "bench", ("pass_at_k",), 5, 15, pass_at_k, "count the subsets of k samples in which none is right"),
     "e_update": Exercise(
         "estep", ("e_update",), 12, 120, e_update,
-        "rollout, pi's likelihood of each line, rewards, returns, advantages, loss; `optimize` divides, by "
-        "the rollouts of all passes"),
+        "rollout, pi's likelihood of each line, rewards, returns, advantages, posterior, loss; `optimize` "
+        "divides, by the rollouts of all passes"),
 }
