@@ -112,14 +112,15 @@ def tokens_by_line(trace: Trace, kind: int) -> dict[int, list[int]]:
     return out
 
 
-def infuse(model: GPT, enc, programs: list[Program], settings: dict, draw: int = 0) -> list[Trace]:
-    """The programs with rationales of `model`, draw 0 with the seeds of train.py's draw from q."""
+def infuse(model: GPT, enc, programs: list[Program], settings: dict, draws: int) -> list[list[Trace]]:
+    """Draws of the programs with the model's rationales, the first with the seeds of train.py's draw by q."""
     names = ("rationales", "max_rationale", "max_comments")
     cfg = estep.EStepConfig(**{name: settings[name] for name in names})
     purpose, openers = zlib.crc32(b"infuse heldout"), elbo.opener_mask(enc)
-    seeds = [[settings["seed"], purpose, i, *[draw] * bool(draw)] for i in range(len(programs))]
-    traces = estep.rollout(model, enc, programs, seeds, openers, cfg, settings["sample_batch"])
-    return [estep.without_broken(trace) for trace in traces]
+    numbers = [[i, *[k] * bool(k)] for k in range(draws) for i in range(len(programs))]
+    seeds = [[settings["seed"], purpose, *number] for number in numbers]
+    traces = estep.rollout(model, enc, programs * draws, seeds, openers, cfg, settings["sample_batch"])
+    return elbo.chunks([estep.without_broken(trace) for trace in traces], len(programs))
 
 
 def bounds(model: GPT, enc, programs: list[Program], draws: list[list[Trace]], seed) -> list[Tensor]:
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None):
     for name in args.by:
         folder = start if name == "start" else args.run / name
         judge, enc = load(folder if name == "start" or folder.exists() else name)
-        draws = [infuse(judge, enc, programs, settings, k) for k in range(DRAWS if args.bound else 1)]
+        draws = infuse(judge, enc, programs, settings, DRAWS if args.bound else 1)
         print(table_row(name, compare_versions(judge, enc, programs, draws[0], seed)), flush=True)
         if args.bound:
             columns = bounds(judge, enc, programs, draws, seed)
