@@ -176,8 +176,8 @@ def main(argv: list[str] | None = None):
     programs = [rebuild_program(enc, trace) for trace in infused]
     print(HEAD, table_row("q", compare_versions(judge, enc, programs, infused, seed)), sep="\n")
     for name in args.by:
-        folder = start if name == "start" else args.run / name
-        judge, enc = load(folder if name == "start" or folder.exists() else name)
+        own = args.run / name
+        judge, enc = load(start if name == "start" else own if own.exists() else name)
         draws = infuse(judge, enc, programs, settings, DRAWS if args.bound else 1)
         print(table_row(name, compare_versions(judge, enc, programs, draws[0], seed)), flush=True)
         if args.bound:
